@@ -1,0 +1,87 @@
+# Needs Python >= 3.10 and make; everything else goes into a virtual environment in this folder.
+#   make test PYTHON=python3.12      another interpreter
+#   make test VENV=                  no virtual environment: the packages that PYTHON already has
+#   make test JOBS=8                 more test processes
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+PIP = -m pip install --quiet --disable-pip-version-check
+TORCH = "$$(grep '^torch==' constraints.txt)"
+PYTEST = -m pytest -q -n $(JOBS)
+OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
+COMPAT = 3.6.0 3.9.0
+
+.PHONY: help setup test test-slow test-all test-gpu compat lint bench sweep build clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## the virtual environment alone
+
+test: $(READY) ## the tests: kernels interpreted, then kernels compiled (10 minutes on two cores, installation included)
+	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "not aot and not gpu and not slow"
+	$(PY) $(PYTEST) -m "aot and not slow"
+
+test-slow: $(READY) ## what `make test` leaves out
+	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "slow and not aot and not gpu"
+	$(PY) $(PYTEST) -m "slow and aot"
+
+test-all: test test-slow ## both
+
+test-gpu: $(READY) ## the same tests on the GPU of this machine
+	$(PY) -m pytest -q -m gpu
+
+compat: $(COMPAT:%=compat-%) ## the interpreted kernel tests on other Tritons (Python >= 3.11)
+
+compat-%: .venv-triton-%/.ready
+	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) -m "interpret and not gpu and not slow"
+
+lint: $(READY) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY) ## memory and throughput against sequence length, as a table and pictures
+	$(PY) -m bench.run
+
+sweep: $(READY) ## time the tile sizes on the GPU of this machine
+	$(PY) -m flash.autotune.sweep
+
+build: $(READY) ## an sdist, and a wheel made from it, in dist/
+	rm -rf dist
+	$(PY) -m build
+
+clean: ## remove the virtual environments, builds and caches
+	rm -rf .venv .venv-triton-* build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: see constraints.txt.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@echo "installing into $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) $(PIP) $(TORCH)
+	@$(PY) $(PIP) -c constraints.txt -e ".[bench,dev,test]"
+	@touch $@
+
+# flash-triton itself is not installed here: torch's own pin of Triton would forbid the other one.
+.venv-triton-%/.ready: constraints.txt
+	@echo "installing Triton $* into .venv-triton-$* (once)"
+	@$(PYTHON) -m venv .venv-triton-$*
+	@sed -e '/^triton==/d' $(if $(filter $*,$(OLDER_NUMPY)),-e '/^numpy==/d') constraints.txt > .venv-triton-$*/constraints.txt
+	@.venv-triton-$*/bin/python $(PIP) $(TORCH)
+	@.venv-triton-$*/bin/python $(PIP) -c .venv-triton-$*/constraints.txt triton==$* "numpy$(if $(filter $*,$(OLDER_NUMPY)),<2.4)" \
+		hypothesis pytest pytest-xdist
+	@touch $@
+
+.PRECIOUS: .venv-triton-%/.ready
