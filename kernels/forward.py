@@ -1,0 +1,98 @@
+"""Forward pass of FlashAttention-2 (Dao 2023, Algorithm 1).
+
+    s   = score(q k^T)               [seqlen_q, seqlen_k]      -inf where a key is not visible
+    lse = log sum_j exp(s_j)         [seqlen_q]                natural logarithm
+    o   = sum_j exp(s_j - lse) v_j   [seqlen_q, head_dim_v]
+
+One program owns BLOCK_M queries of one head and walks the keys they can see BLOCK_N at a time: first the tiles that all of
+them see, then those at the edges.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import score, softmax, tile
+from .launch import launch, shape_of, sizes_of, view
+from .spec import Config, Mods, Spec, dense_like
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def forward_kernel(
+    q, k, v, o, lse, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = lse.dtype.element_ty
+    PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
+    D: tl.constexpr = shape.block_d
+    DV: tl.constexpr = shape.block_dv
+    block, h, b = tile.locate(tl.cdiv(sizes.seqlen_q, BLOCK_M), sizes.heads)
+    h_k = h // shape.group
+    row = block * BLOCK_M
+    offset = tile.first_position(mods, sizes, b)
+    natural, unit = score.units(scale, spec, ACC)
+    i = (row + tl.arange(0, BLOCK_M))[:, None]
+
+    q_tile = tile.load(q, b, h, row, sizes.seqlen_q, shape.head_dim, BLOCK_M, D, True)
+    m = tl.full([BLOCK_M], float("-inf"), ACC)
+    l = tl.zeros([BLOCK_M], ACC)
+    acc = tl.zeros([BLOCK_M, DV], ACC)
+
+    run = score.key_band(row, offset, sizes, spec, BLOCK_M, BLOCK_N)
+    end = run[3]  # keys past it are seen by no query of this tile: they are not read, whatever they hold
+    for PARTIAL in tl.static_range(2):
+        for t in range(score.tiles(run, BLOCK_N, PARTIAL)):
+            col = score.tile_start(run, t, BLOCK_N, PARTIAL)
+            k_tile = tile.load(k, b, h_k, col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
+            qk = tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
+            s = score.score(qk, scale, spec)
+            if PARTIAL:
+                j = (col + tl.arange(0, BLOCK_N))[None, :]
+                s = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), s, float("-inf"))
+            p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
+            v_tile = tile.load(v, b, h_k, col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
+            acc = acc * alpha[:, None]
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=spec.precision, out_dtype=ACC)
+
+    o_tile, lse_row = softmax.finish(acc, m, l, natural)
+    tile.store(o, o_tile, b, h, row, sizes.seqlen_q, shape.head_dim_v)
+    lse_ptrs = tile.row_pointers(lse, sizes, b, h, row, BLOCK_M)
+    tl.store(lse_ptrs, lse_row, mask=row + tl.arange(0, BLOCK_M) < sizes.seqlen_q)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mods: Mods,
+    spec: Spec,
+    scale: float,
+    q_offset: int,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        q: [batch, heads, seqlen_q, head_dim], any strides.
+        k: [batch, heads_k, seqlen_k, head_dim], any strides.
+        v: [batch, heads_k, seqlen_k, head_dim_v], any strides.
+        mods: optional operands.
+        spec: compile-time choices.
+        scale: factor of q.k.
+        q_offset: position of query 0 among the keys.
+        config: tile sizes and launch options.
+
+    Returns:
+        o [batch, heads, seqlen_q, head_dim_v], of q's dtype and axis order, and lse [batch, heads, seqlen_q] in natural
+        logarithm, float32 (float64 for float64).
+    """
+    batch, heads, seqlen_q, _ = q.shape
+    o = dense_like(q, v.shape[3])
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.empty(batch, heads, seqlen_q, dtype=acc, device=q.device)
+    programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
+    launch(
+        forward_kernel, programs, q.device, config,
+        view(q), view(k), view(v), view(o), lse, mods, sizes_of(q, k, q_offset), scale, spec, shape_of(q, k, v),
+    )  # fmt: skip
+    return o, lse

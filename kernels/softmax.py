@@ -1,0 +1,55 @@
+"""The running softmax: maximum m, sum l and unnormalised output acc of the keys seen so far, for each row.
+
+    p   = exp(s - m)                 l <- l exp(m_old - m) + sum_j p_j
+    acc <- acc exp(m_old - m) + p v
+    o   = acc / l                    lse = m + log l
+
+(Milakov & Gimelshein 2018, Algorithm 3; Dao 2023, Algorithm 1.) Exponentials are base 2. Half-precision inputs fold the unit
+into one multiply-add; float32 and float64 subtract first, so that large scores keep their last bits.
+"""
+
+import triton
+import triton.language as tl
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exponential(s, m, unit, PRECISE: tl.constexpr):
+    """exp of s - m, both in units of score worth `unit` in base 2; m broadcasts against s."""
+    if PRECISE:
+        return tl.exp2((s - m) * unit)
+    else:
+        return tl.exp2(s * unit - m * unit)
+
+
+@triton.jit
+def step(s, m, l, unit, PRECISE: tl.constexpr):
+    """Take in a tile of scores [M, N]: (p [M, N], factor of the old acc [M], m [M], l [M])."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key stays finite
+    p = exponential(s, pivot[:, None], unit, PRECISE)
+    alpha = exponential(m, pivot, unit, PRECISE)
+    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(acc, m, l, natural):
+    """(o [M, D], lse [M]); a row without keys has o = 0 and lse = -inf."""
+    o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    return o, m * natural + tl.log2(l) * LN2
+
+
+@triton.jit
+def probability(s, lse, natural, unit, PRECISE: tl.constexpr):
+    """exp(s - lse), s in units of score and lse natural; 0 where lse is +inf."""
+    if PRECISE:
+        return tl.exp2((s * natural - lse) * (1 / LN2))
+    else:
+        return tl.exp2(s * unit - lse * (1 / LN2))
+
+
+@triton.jit
+def closed(lse):
+    """lse, with +inf for rows without keys (-inf), so that their probabilities are 0 and not NaN."""
+    return tl.where(lse == float("-inf"), float("inf"), lse)
