@@ -1,8 +1,8 @@
 """Says so when the links flash/kernels and flash/autotune did not survive a checkout, and how to mend it.
 
-In a checkout both are symbolic links to the folders beside flash/; in a wheel or an sdist they are real folders. Git without
-core.symlinks (Windows) writes a small text file in their place, some archive tools write nothing. The build reads this file too,
-so it uses the standard library only.
+In a checkout both are symbolic links to the folders beside flash/; in a wheel or an sdist they are real folders. Git
+without core.symlinks (Windows) writes a small text file in their place, some archive tools write nothing. The build
+reads this file too, so it uses the standard library only.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ In a git clone (on Windows first turn on developer mode, which allows links):
     git config core.symlinks true
     git checkout -- flash/kernels flash/autotune
 Without git, from the checkout's root:
-    Linux, macOS:  ln -sfn ../kernels flash/kernels; ln -sfn ../autotune flash/autotune
+    Linux, macOS:  rm -rf flash/kernels flash/autotune && ln -s ../kernels ../autotune flash/
     Windows:       del flash\\kernels flash\\autotune
                    mklink /J flash\\kernels kernels
                    mklink /J flash\\autotune autotune
