@@ -1,0 +1,419 @@
+"""Which Config a kernel call runs with: a timed table of this machine, a shipped table, or a formula, with the reason.
+
+A table is JSON: where it was made, and rows (kernel, dtype, head_dim, causal, seqlen) -> Config. head_dim is a bucket, the
+power of two that holds the call's; seqlen is the longest sequence that a row is for; null as causal or seqlen means any.
+Every number is held to an allow-list on reading, so a table can make a call slow, never wrong.
+
+`lookup` takes plain values and searches, first hit wins:
+    the table that a sweep on this machine wrote      GPU name, Triton version and kernel sources are those of the call
+    the table shipped for the target                  tables/cuda_90.json
+    the table shipped for the nearest target          rows that fit the target's shared memory
+    a formula                                         from shared memory, registers and the size of the dtype
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flash.kernels.spec import Config
+
+KERNELS = ("forward", "dkdv", "dq")
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of one element
+HEAD_DIMS = (16, 32, 64, 128, 256, 512)
+SEQLENS: tuple[int, ...] = tuple(2**n for n in range(4, 21))
+ALLOWED = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128, 256),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
+}
+KiB = 1024
+LARGEST_FILE = 1024 * KiB
+FORMAT = 1
+
+# Shared memory that one program may have, in bytes, as the vendors' tables of compute capabilities give it.
+SHARED = {
+    "cuda:75": 64 * KiB,
+    "cuda:80": 163 * KiB,
+    "cuda:86": 99 * KiB,
+    "cuda:87": 163 * KiB,
+    "cuda:89": 99 * KiB,
+    "cuda:90": 227 * KiB,
+    "cuda:100": 227 * KiB,
+    "cuda:103": 227 * KiB,
+    "cuda:120": 99 * KiB,
+    "cuda:121": 99 * KiB,
+    "hip:gfx950": 160 * KiB,
+}
+# The target whose table serves one that has none: the same matrix instructions, whatever the shared memory.
+NEAREST = {
+    "cuda:86": "cuda:80",
+    "cuda:87": "cuda:80",
+    "cuda:89": "cuda:80",
+    "cuda:120": "cuda:80",
+    "cuda:121": "cuda:80",
+    "cuda:103": "cuda:100",
+    "hip:gfx90a": "hip:gfx942",
+    "hip:gfx940": "hip:gfx942",
+    "hip:gfx941": "hip:gfx942",
+    "hip:gfx950": "hip:gfx942",
+}
+
+
+class Choice(NamedTuple):
+    """A Config and why it was chosen."""
+
+    config: Config
+    reason: str
+
+
+class Row(NamedTuple):
+    """One line of a table.
+
+    Args:
+        kernel: "forward", "dkdv" or "dq".
+        dtype: "float16", "bfloat16", "float32" or "float64".
+        head_dim: a power of two, 16 to 512.
+        causal: which calls the row is for; None = both.
+        seqlen: the longest sequence that the row is for, a power of two; None = any.
+        config: what to launch with.
+        shared: bytes of shared memory that it takes at most, 0 = unknown.
+        spill_bytes: bytes a thread spills, the worst variant.
+    """
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    causal: bool | None
+    seqlen: int | None
+    config: Config
+    shared: int = 0
+    spill_bytes: int = 0
+
+
+class Table(NamedTuple):
+    """Rows and where they come from.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        gpu: name of the GPU it was timed on, "" = untimed.
+        triton: version of Triton that compiled the candidates.
+        kernels: `kernel_hash` of the sources that were compiled.
+        timed: whether a GPU timed the rows; otherwise they only compile and fit.
+        rows: at most one for each (kernel, dtype, head_dim, causal, seqlen).
+    """
+
+    target: str
+    gpu: str
+    triton: str
+    kernels: str
+    timed: bool
+    rows: tuple[Row, ...]
+
+
+def lookup(
+    target: str, kernel: str, dtype: str, head_dim: int, seqlen: int, causal: bool, gpu: str | None = None
+) -> Choice:
+    """The Config to run a kernel with.
+
+    Args:
+        target: "cuda:90", "hip:gfx942", or "interpreter".
+        kernel: "forward", "dkdv" or "dq".
+        dtype: "float16", "bfloat16", "float32" or "float64".
+        head_dim: the larger of the call's head_dim and head_dim_v, 1 to 512.
+        seqlen: the longer of the call's seqlen_q and seqlen_k.
+        causal: whether the call is causal.
+        gpu: the device's name, as torch.cuda.get_device_name gives it; None leaves out what a sweep on it found.
+
+    Returns:
+        The Config, and where it comes from in words.
+
+    Raises:
+        ValueError: kernel or dtype is none of these, or head_dim is out of range.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"dtype must be one of {tuple(ITEMSIZE)}, got {dtype!r}")
+    if not 1 <= head_dim <= HEAD_DIMS[-1]:
+        raise ValueError(f"head_dim must be 1 to {HEAD_DIMS[-1]}, got {head_dim}")
+    bucket = next(d for d in HEAD_DIMS if d >= head_dim)
+    return _choose(target, kernel, dtype, bucket, _length_bucket(seqlen), bool(causal), gpu)
+
+
+@lru_cache(maxsize=4096)
+def _choose(target: str, kernel: str, dtype: str, head_dim: int, seqlen: int, causal: bool, gpu: str | None) -> Choice:
+    if target == "interpreter":
+        side = 32 if head_dim <= 128 else 16
+        return Choice(Config(side, side, 4, 1), "small tiles for the interpreter")
+    key = (kernel, dtype, head_dim, causal)
+    if gpu is not None:
+        row = _find(user_table(target, gpu), key, seqlen)
+        if row is not None:
+            return Choice(row.config, f"timed on this machine's {gpu}")
+    table = shipped_table(target)
+    row = _find(table, key, seqlen)
+    if row is not None:
+        return Choice(row.config, f"shipped table of {target}, {_origin(table)}")
+    near = NEAREST.get(target)
+    if near is not None:
+        table = shipped_table(near)
+        row = _find(table, key, seqlen)
+        if row is not None and 0 < row.shared <= shared_limit(target):
+            fits = f"its {shared_limit(target) // KiB} KiB of shared memory"
+            return Choice(row.config, f"no table for {target}; the row of {near}, {_origin(table)}, fits {fits}")
+    reason = f"no row for {kernel}, {dtype}, head_dim {head_dim} on {target}: formula of what fits it"
+    if target.startswith("hip:") and dtype == "float64":
+        reason += "; Triton before 3.9 cannot compile float64 for AMD"
+    return Choice(heuristic(target, kernel, dtype, head_dim), reason)
+
+
+def _length_bucket(seqlen: int) -> int:
+    return next((n for n in SEQLENS if n >= seqlen), SEQLENS[-1])
+
+
+def _origin(table: Table | None) -> str:
+    return f"timed on {table.gpu}" if table is not None and table.timed else "untimed"
+
+
+def _find(table: Table | None, key: tuple[str, str, int, bool], seqlen: int) -> Row | None:
+    """The row of a table for a call: of its causal rather than of any, of the nearest length at least as long."""
+    if table is None:
+        return None
+    rows = [row for row in table.rows if (row.kernel, row.dtype, row.head_dim) == key[:3]]
+    rows = [row for row in rows if row.causal is key[3]] or [row for row in rows if row.causal is None]
+    if not rows:
+        return None
+    longest = SEQLENS[-1]
+    reach = {row.seqlen or longest: row for row in rows}  # a row for any length serves past the last bucket too
+    return reach[min((n for n in reach if n >= seqlen), default=max(reach))]
+
+
+def shared_limit(target: str) -> int:
+    """Bytes of shared memory that one program may have on a target."""
+    return SHARED.get(target, 64 * KiB if target.startswith("hip:") else 99 * KiB)
+
+
+def heuristic(target: str, kernel: str, dtype: str, head_dim: int) -> Config:
+    """The largest of a falling series of tiles whose bounds of shared memory and registers hold.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        kernel: "forward", "dkdv" or "dq".
+        dtype: name of a floating dtype.
+        head_dim: bucket, 16 to 512.
+
+    Returns:
+        A Config that fits; the smallest tiles where no bound holds.
+    """
+    itemsize = ITEMSIZE[dtype]
+    for own, walked in ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16)):
+        for num_warps in (4, 8):
+            if own * 2 < 16 * num_warps:  # a warp of matrix instructions has 16 rows of its own
+                continue
+            for num_stages in (2, 1):
+                fits = _shared_bound(kernel, itemsize, head_dim, own, walked, num_stages) <= shared_limit(target)
+                if fits and _registers_bound(kernel, itemsize, head_dim, own, walked, num_warps) <= 160:
+                    block_m, block_n = (walked, own) if kernel == "dkdv" else (own, walked)
+                    return Config(block_m, block_n, num_warps, num_stages)
+    return Config(16, 16, 4, 1)
+
+
+def _shared_bound(kernel: str, itemsize: int, head_dim: int, own: int, walked: int, num_stages: int) -> int:
+    """Bytes of shared memory: the tiles that a program owns, those it walks, and one tile of scores."""
+    tiles_owned = 1 if kernel == "forward" else 2
+    tile = head_dim * itemsize
+    return tiles_owned * own * tile + 2 * num_stages * walked * tile + own * walked * itemsize + 2 * KiB
+
+
+def _registers_bound(kernel: str, itemsize: int, head_dim: int, own: int, walked: int, num_warps: int) -> int:
+    """Registers a thread needs for accumulators and tiles of scores."""
+    accumulators = 2 if kernel == "dkdv" else 1
+    scores = 1 if kernel == "forward" else 2
+    words = 2 if itemsize == 8 else 1
+    return (accumulators * own * head_dim + scores * own * walked) * words // (32 * num_warps)
+
+
+def table_name(target: str) -> str:
+    """The file of a target's shipped table: "cuda:90" -> "cuda_90.json"."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", target) + ".json"
+
+
+@lru_cache(maxsize=64)
+def shipped_table(target: str) -> Table | None:
+    """The table that the library brings for a target, if it brings one."""
+    path = Path(__file__).parent / "tables" / table_name(target)
+    return load(path, {"target": target}) if path.is_file() else None
+
+
+@lru_cache(maxsize=64)
+def user_table(target: str, gpu: str) -> Table | None:
+    """The table that a sweep on this machine wrote for a GPU, this Triton and these kernels, if there is one."""
+    triton = triton_version()
+    folder = user_folder()
+    if triton is None or folder is None:
+        return None
+    path = folder / user_table_name(target, gpu)
+    key = {"target": target, "gpu": gpu, "triton": triton, "kernels": kernel_hash()}
+    try:
+        found = path.is_file()
+    except OSError:
+        return None
+    return load(path, key, owned=True) if found else None
+
+
+def user_table_name(target: str, gpu: str) -> str:
+    """The file of a sweep's table, named by all that makes its timings mean something."""
+    words = [target, gpu, triton_version() or "none", kernel_hash()]
+    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word) for word in words) + ".json"
+
+
+def user_folder() -> Path | None:
+    """Where sweeps leave their tables: beside Triton's own cache; None where there is no Triton."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    return Path(knobs.cache.dir).parent / "flash-triton"
+
+
+def triton_version() -> str | None:
+    """Version of the Triton that compiles, or None."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+@lru_cache(maxsize=1)
+def kernel_hash() -> str:
+    """Sixteen hexadecimal digits of the kernels' sources: a timing of other sources says nothing about these."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def load(path: Path, key: Mapping[str, str], owned: bool = False) -> Table | None:
+    """Read a table; one that is not what it should be is left out with a warning.
+
+    Args:
+        path: the file.
+        key: what the table must say of itself, as {"target": "cuda:90"}.
+        owned: whether the file must belong to this user, and nobody else may write to it.
+
+    Returns:
+        The table, or None.
+    """
+    try:
+        table = parse(_read(path, owned))
+        for field, value in key.items():
+            if getattr(table, field) != value:
+                raise ValueError(f"{field} must be {value!r}, got {getattr(table, field)!r}")
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"ignoring the table {path}: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return table
+
+
+def _read(path: Path, owned: bool) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | (getattr(os, "O_NOFOLLOW", 0) if owned else 0))
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if owned and hasattr(os, "getuid"):
+            if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ValueError("it must belong to this user, and others must not be able to write to it")
+        text = file.read(LARGEST_FILE + 1)
+    if len(text) > LARGEST_FILE:
+        raise ValueError(f"it must have at most {LARGEST_FILE} bytes")
+    return text
+
+
+def parse(text: bytes) -> Table:
+    """A table from its JSON, every value checked.
+
+    Args:
+        text: UTF-8.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: it is no JSON, or holds what no table holds.
+    """
+    data = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"a table must be an object of format {FORMAT}")
+    words = [data.get(field) for field in ("target", "gpu", "triton", "kernels")]
+    if not all(isinstance(word, str) and len(word) <= 200 for word in words):
+        raise ValueError("target, gpu, triton and kernels must be short strings")
+    if not isinstance(data.get("timed"), bool):
+        raise ValueError("timed must be true or false")
+    if not isinstance(data.get("rows"), list):
+        raise ValueError("rows must be a list")
+    rows = tuple(_row(row) for row in data["rows"])
+    if len({row[:5] for row in rows}) != len(rows):
+        raise ValueError("two rows say something of the same calls")
+    target, gpu, triton, kernels = (str(word) for word in words)
+    return Table(target, gpu, triton, kernels, data["timed"], rows)
+
+
+def _row(data: Any) -> Row:
+    if not isinstance(data, dict):
+        raise ValueError(f"a row must be an object, got {data!r:.80}")
+
+    def one_of(field: str, allowed: tuple[Any, ...]) -> Any:
+        value = data.get(field)
+        if not any(type(value) is type(x) and value == x for x in allowed):  # True == 1, but is no number of warps
+            raise ValueError(f"{field} must be one of {allowed}, got {value!r:.80}")
+        return value
+
+    def count(field: str) -> int:
+        value = data.get(field, 0)
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise ValueError(f"{field} must be a count of bytes, got {value!r:.80}")
+        return value
+
+    return Row(
+        one_of("kernel", KERNELS),
+        one_of("dtype", tuple(ITEMSIZE)),
+        one_of("head_dim", HEAD_DIMS),
+        one_of("causal", (None, False, True)),
+        one_of("seqlen", (None, *SEQLENS)),
+        Config(*(one_of(field, allowed) for field, allowed in ALLOWED.items())),
+        count("shared"),
+        count("spill_bytes"),
+    )
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def dump(table: Table) -> str:
+    """A table as JSON, one row a line; `parse` reads it back.
+
+    Args:
+        table: the table.
+
+    Returns:
+        The text, rows in a fixed order.
+    """
+    order = {name: i for i, name in enumerate((*KERNELS, *ITEMSIZE))}
+    rows = sorted(table.rows, key=lambda r: (order[r.kernel], order[r.dtype], r.head_dim, str(r.causal), r.seqlen or 0))
+    lines = []
+    for row in rows:
+        fields = row._asdict()
+        fields.update(fields.pop("config")._asdict())
+        lines.append("    " + json.dumps(fields))
+    head = {"format": FORMAT, **{field: value for field, value in table._asdict().items() if field != "rows"}}
+    start = json.dumps(head, indent=2)[:-2]
+    return f'{start},\n  "rows": [\n' + ",\n".join(lines) + "\n  ]\n}\n"
