@@ -33,11 +33,18 @@ ARROWS = {
     "flash.reference": ("flash.mods",),
     "flash.autotune.tables": ("flash.kernels.spec",),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
-    "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.space", "flash.autotune.tables"),
+    "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*"),
     "flash.autotune.*": ("flash.kernels.*", "flash.autotune.*", "flash.reference"),  # tools: no call passes through
     "flash.problem": ("flash.kernels.spec", "flash.mods"),
     "flash.fallback": ("flash.kernels.spec", "flash.mods", "flash.problem"),
-    "flash.dispatch": ("flash.kernels.*", "flash.autotune.tables", "flash.mods", "flash.problem", "flash.fallback"),
+    "flash.dispatch": (
+        "flash._version",
+        "flash.kernels.*",
+        "flash.autotune.tables",
+        "flash.mods",
+        "flash.problem",
+        "flash.fallback",
+    ),
     "flash.autograd": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch"),
     "flash.attention": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.decode": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
@@ -283,12 +290,17 @@ def test_torch_backend_serves_where_triton_cannot_be_imported() -> None:
     out = run("""
 import sys
 
-class NoTriton:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class WithoutTriton:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, NoTriton())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] == "triton" else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(WithoutTriton, sys.meta_path)
 import torch
 import flash
 import flash.attention
