@@ -1,0 +1,17 @@
+"""Exact attention whose memory grows with the sequence, not with its square.
+
+import flash.attention
+o = flash.attention.flash_attention(q, k, v, causal=True)
+"""
+
+from ._checkout import require_links
+
+require_links()
+
+from . import attention, dispatch  # noqa: E402  broken links must be named before an import trips over them
+from ._version import __version__  # noqa: E402
+from .attention import flash_attention  # noqa: E402
+from .dispatch import info  # noqa: E402
+from .kernels.spec import Config  # noqa: E402
+
+__all__ = ["Config", "__version__", "attention", "dispatch", "flash_attention", "info"]

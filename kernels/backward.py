@@ -75,17 +75,13 @@ def dkdv_kernel(
                     p = tl.where(keep, p, 0.0)
                 do_tile = tile.load(do, b, h, row, sizes.seqlen_q, shape.head_dim_v, BLOCK_M, DV, PARTIAL)
                 if dv is not None:
-                    dv_acc = tl.dot(
-                        p.to(do_tile.dtype), do_tile, dv_acc, input_precision=spec.precision, out_dtype=ACC
-                    )
+                    dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=spec.precision, out_dtype=ACC)
                 if dk is not None:
                     dp = tl.dot(v_tile, do_tile.T, input_precision=spec.precision, out_dtype=ACC)
                     ds = p * (dp - tile.load_rows(delta, sizes, b, h, row, 0.0, BLOCK_M, PARTIAL)[None, :])
                     if PARTIAL:
                         ds = tl.where(keep, ds, 0.0)  # p = 0 alone would let a NaN of dp through
-                    dk_acc = tl.dot(
-                        ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=spec.precision, out_dtype=ACC
-                    )
+                    dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=spec.precision, out_dtype=ACC)
 
     if dk is not None:
         tile.store(dk, score.derivative(dk_acc, scale), b, h_k, col, sizes.seqlen_k, shape.head_dim)

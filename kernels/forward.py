@@ -4,8 +4,8 @@
     lse = log sum_j exp(s_j)         [seqlen_q]                natural logarithm
     o   = sum_j exp(s_j - lse) v_j   [seqlen_q, head_dim_v]
 
-One program owns BLOCK_M queries of one head and walks the keys they can see BLOCK_N at a time: first the tiles that all of
-them see, then those at the edges.
+One program owns BLOCK_M queries of one head and walks the keys they can see BLOCK_N at a time: first the tiles that all
+of them see, then those at the edges.
 """
 
 import torch

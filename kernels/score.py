@@ -8,8 +8,8 @@
 Scores are kept in one of two units. Raw ones are q.k itself: the scale joins log2(e) in the exponent and costs nothing.
 That needs a positive scale and a score that nothing else changes; otherwise scores are in natural units, scale * q.k.
 
-Visible pairs lie within a band of tiles: those that every query sees whole (`full`) run without a mask, those at its edges
-(`partial`) with one, and tiles outside are never loaded.
+Visible pairs lie within a band of tiles: those that every query sees whole (`full`) run without a mask, those at its
+edges (`partial`) with one, and tiles outside are never loaded.
 """
 
 import triton
@@ -20,7 +20,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def units(scale, spec: tl.constexpr, ACC: tl.constexpr):
-    """What one unit of score is worth: (in natural logarithm, in base 2). The scale comes and is multiplied in 64 bits."""
+    """What one unit of score is worth: (in natural logarithm, in base 2); multiplied in 64 bits."""
     worth = tl.full([], scale if spec.raw else 1.0, tl.float64)
     return worth.to(ACC), (worth * LOG2E).to(ACC)
 
@@ -73,7 +73,7 @@ def query_band(col, offset, sizes, spec: tl.constexpr, BLOCK_M: tl.constexpr, BL
 
 @triton.jit
 def band(begin, full_begin, full_end, end):
-    """A run of tiles [begin, end) whose middle [full_begin, full_end) is full; without a middle, all of it is partial."""
+    """Tiles [begin, end) whose middle [full_begin, full_end) is full; without a middle, all are partial."""
     empty = full_begin >= full_end
     return begin, tl.where(empty, begin, full_begin), tl.where(empty, begin, full_end), end
 

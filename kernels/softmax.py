@@ -4,8 +4,8 @@
     acc <- acc exp(m_old - m) + p v
     o   = acc / l                    lse = m + log l
 
-(Milakov & Gimelshein 2018, Algorithm 3; Dao 2023, Algorithm 1.) Exponentials are base 2. Half-precision inputs fold the unit
-into one multiply-add; float32 and float64 subtract first, so that large scores keep their last bits.
+(Milakov & Gimelshein 2018, Algorithm 3; Dao 2023, Algorithm 1.) Exponentials are base 2. Half-precision inputs fold the
+unit into one multiply-add; float32 and float64 subtract first, so that large scores keep their last bits.
 """
 
 import triton

@@ -1,7 +1,8 @@
 """The nouns of a kernel call: plain NamedTuples, importable where Triton is not.
 
-A kernel takes few arguments because related ones travel together: `View` is a tensor with its strides, `Mods` the optional
-operands, `Sizes` the lengths, `Spec` and `Shape` what the compiler must know. A field added here reaches every kernel.
+A kernel takes few arguments because related ones travel together: `View` is a tensor with its strides, `Mods` the
+optional operands, `Sizes` the lengths, `Spec` and `Shape` what the compiler must know. A field added here reaches every
+kernel.
 """
 
 from typing import Any, NamedTuple
@@ -72,12 +73,12 @@ class Spec(NamedTuple):
     """Compile-time choices of a call: one kernel is compiled per value. Holds no function and no tensor."""
 
     causal: bool = False
-    raw: bool = True  # scores stay in units of q·k up to the exponent; wants a positive scale and nothing that changes a score
+    raw: bool = True  # scores stay q.k up to the exponent; wants a positive scale and nothing that changes a score
     precision: str = "ieee"  # how float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"
 
 
 def dense_like(q: torch.Tensor, head_dim_v: int) -> torch.Tensor:
-    """An empty output for q: [batch, heads, seqlen_q, head_dim_v], dense, its axes in the order that q's have in memory."""
+    """An empty [batch, heads, seqlen_q, head_dim_v], dense, its axes in the order that q's have in memory."""
     if head_dim_v == q.shape[3]:
         return torch.empty_like(q)
     strides = torch.empty_like(q, device="meta").stride()

@@ -37,7 +37,7 @@ def pointers(x, b, h, start, rows, dims):
 
 @triton.jit
 def inside(start, end, rows, dims, DIM: tl.constexpr, RAGGED: tl.constexpr):
-    """Lanes of a tile within its rows (looked at where RAGGED) and its DIM columns, or None where that is all of them."""
+    """Lanes of a tile within its rows (where RAGGED) and its DIM columns, or None where that is all of them."""
     if RAGGED and dims.shape[0] != DIM:
         return ((start + rows) < end)[:, None] & (dims < DIM)[None, :]
     elif RAGGED:
@@ -61,7 +61,7 @@ def load(x, b, h, start, end, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def store(x, value, b, h, start, end, DIM: tl.constexpr):
-    """Write value [ROWS, BLOCK_D] to x[b, h, start : start + ROWS], leaving out what lies past row `end` and past DIM."""
+    """Write value [ROWS, BLOCK_D] to x[b, h, start : start + ROWS], without what lies past `end` and DIM."""
     rows, dims = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     mask = inside(start, end, rows, dims, DIM, True)
     tl.store(pointers(x, b, h, start, rows, dims), value.to(x.ptr.dtype.element_ty), mask=mask)
@@ -75,7 +75,7 @@ def row_pointers(x, sizes, b, h, start, ROWS: tl.constexpr):
 
 @triton.jit
 def load_rows(x, sizes, b, h, start, other, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """x[b, h, start : start + ROWS] of a dense [batch, heads, seqlen_q] tensor, `other` past the end where RAGGED: [ROWS]."""
+    """x[b, h, start : start + ROWS] of a tensor laid out as lse, `other` past its end where RAGGED: [ROWS]."""
     if RAGGED:
         mask = start + tl.arange(0, ROWS) < sizes.seqlen_q
         return tl.load(row_pointers(x, sizes, b, h, start, ROWS), mask=mask, other=other)

@@ -1,0 +1,155 @@
+"""Where attention meets torch: raw ops, their fakes, the guard against lost gradients, and the autograd Function.
+
+The raw ops `flash::forward` and `flash::backward` are opaque to torch.compile. They carry no autograd formula: a
+formula below functorch's transforms makes some of them return zeros in silence. The Function above them has the
+formula, and the guard on the ops raises wherever a gradient or a tangent would be dropped.
+"""
+
+import ast
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from . import dispatch
+from .kernels.spec import Config, Mods, Spec, dense_like
+from .problem import Problem
+
+CALL = "Tensor?[] operands, float scale, SymInt q_offset, str spec, str backend, int[] configs"
+
+library = torch.library.Library("flash", "DEF")
+library.define(f"forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse)")
+library.define(
+    "backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"{CALL}, bool[] needs) -> Tensor[]"
+)
+
+
+@lru_cache(maxsize=1024)
+def spec_of(text: str) -> Spec:
+    """The Spec that crossed an op's boundary as the text of its values."""
+    return Spec(*ast.literal_eval(text))
+
+
+def configs_of(numbers: Sequence[int]) -> tuple[Config | None, Config | None, Config | None]:
+    """The three Configs that crossed an op's boundary as numbers, four each; zeros stand for an absent one."""
+    forward, dkdv, dq = (Config(*numbers[i : i + 4]) if numbers[i] else None for i in (0, 4, 8))
+    return forward, dkdv, dq
+
+
+def call_of(problem: Problem) -> tuple[Any, ...]:
+    """What an op needs of a Problem beside q, k and v, in the schema's order."""
+    numbers = [number for config in problem.configs for number in config or (0, 0, 0, 0)]
+    return list(problem.mods), problem.scale, problem.q_offset, str(tuple(problem.spec)), problem.backend, numbers
+
+
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> Problem:
+    """The Problem that `call_of` took apart."""
+    operands, scale, q_offset, spec, backend, numbers = call
+    return Problem(
+        q, k, v, Mods(*operands), spec_of(spec), scale, q_offset, backend, configs_of(numbers), one_head=False
+    )
+
+
+def forward_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return dispatch.forward(problem_of(q, k, v, *call))
+
+
+def forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return dense_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def backward_impl(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
+) -> list[torch.Tensor]:
+    *call, needs = rest
+    gradients = dispatch.backward(problem_of(q, k, v, *call), do, dlse, o, lse, tuple(needs))
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def backward_fake(
+    do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> list[torch.Tensor]:
+    return [torch.empty_like(x) for x, need in zip((q, k, v), rest[-1], strict=True) if need]
+
+
+def would_lose(x: torch.Tensor) -> bool:
+    """Whether x carries a gradient or a tangent that an op without a formula would drop."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) and torch._C._functorch.is_gradtrackingtensor(x):
+        return True
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def guarded(op: Any) -> Callable[..., Any]:
+    """The op's kernel at the Autograd key: raises where a derivative would be lost, else goes on below."""
+
+    def kernel(*args: Any) -> Any:
+        flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+        if any(would_lose(x) for x in flat if isinstance(x, torch.Tensor)):
+            raise RuntimeError(
+                f"{op} has no derivative, and the one asked for would be lost: call flash.attention.flash_attention, "
+                "outside torch.compile where it is by a torch.func transform or in forward mode"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+for name, impl, fake in (("forward", forward_impl, forward_fake), ("backward", backward_impl, backward_fake)):
+    library.impl(name, impl, "CompositeExplicitAutograd")
+    library.impl(name, guarded(getattr(torch.ops.flash, name)), "Autograd")
+    torch.library.register_fake(f"flash::{name}", fake, lib=library)
+
+
+class Attention(torch.autograd.Function):
+    """o and lse, differentiable once with respect to q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: tuple[Any, ...],
+        *operands: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        o, lse = torch.ops.flash.forward(q, k, v, operands, *call)
+        ctx.save_for_backward(q, k, v, o, lse, *operands)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, o, lse, *operands = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if do is None:
+            do = o.new_zeros(()).expand_as(o)
+        found = iter(torch.ops.flash.backward(do, dlse, q, k, v, o, lse, operands, *ctx.call, needs))
+        gradients = tuple(next(found) if need else None for need in needs)
+        return *gradients, None, *(None for _ in operands)
+
+
+def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of a Problem: through autograd where an input asks for a gradient, through the raw op elsewhere."""
+    q, k, v = problem.q, problem.k, problem.v
+    operands, *call = call_of(problem)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        o, lse = Attention.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]
+    else:
+        o, lse = torch.ops.flash.forward(q, k, v, operands, *call)
+    return o, lse
