@@ -1,0 +1,213 @@
+"""What is measured: attention shapes of published models, each with its source, and the field's standard sweep.
+
+    forward FLOPs = 2 * batch * heads * visible * (head_dim + head_dim_v)
+
+where `visible` counts the (query, key) pairs that the mask lets through, exactly. As everywhere in the field the
+backward counts as 2.5 forwards (five matrix products to two), whatever an implementation recomputes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PASSES = ("forward", "backward", "both")
+CPU_CURVE = "the curve of Dao 2023 (arXiv 2307.08691), section 4.1, at batch 1 and hidden size 512"
+FORWARDS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention shape.
+
+    Args:
+        name: what tables and pictures call it; unique in a suite.
+        source: the paper, configuration or benchmark the shape comes from.
+        batch: sequences.
+        heads: query heads.
+        heads_k: key and value heads, a divisor of heads.
+        seqlen_q: queries in a sequence.
+        seqlen_k: keys in a sequence.
+        head_dim: width of a query and of a key.
+        head_dim_v: width of a value.
+        causal: query i sees key j when j <= i + seqlen_k - seqlen_q.
+        dtype: "float32", "bfloat16" or "float16".
+        series: "sweep" for a point on a curve over sequence length, "model" for a published model's shape.
+    """
+
+    name: str
+    source: str
+    batch: int
+    heads: int
+    heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    dtype: str
+    series: str
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.heads_k
+
+
+def visible_pairs(case: Case) -> int:
+    """(query, key) pairs of one head of one sequence that the mask lets through."""
+    if not case.causal:
+        return case.seqlen_q * case.seqlen_k
+    offset = case.seqlen_k - case.seqlen_q
+    rows = min(case.seqlen_q, case.seqlen_k)  # the first -offset queries see nothing
+    fewest = max(offset, 0) + 1
+    return rows * (fewest + case.seqlen_k) // 2
+
+
+def flops(case: Case, what: str) -> float:
+    """Floating point operations of a pass ("forward", "backward", "both")."""
+    forward = 2 * case.batch * case.heads * visible_pairs(case) * (case.head_dim + case.head_dim_v)
+    return FORWARDS[what] * forward
+
+
+def score_bytes(case: Case) -> int:
+    """Bytes of one matrix of scores of every head, which standard attention holds several of."""
+    itemsize: int = getattr(torch, case.dtype).itemsize
+    return case.batch * case.heads * case.seqlen_q * case.seqlen_k * itemsize
+
+
+def inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Standard normal q, k, v that require grad, and do, the gradient that the backward starts from."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
+
+    q = normal(case.batch, case.heads, case.seqlen_q, case.head_dim).requires_grad_()
+    k = normal(case.batch, case.heads_k, case.seqlen_k, case.head_dim).requires_grad_()
+    v = normal(case.batch, case.heads_k, case.seqlen_k, case.head_dim_v).requires_grad_()
+    return q, k, v, normal(case.batch, case.heads, case.seqlen_q, case.head_dim_v)
+
+
+def square(
+    name: str, source: str, heads: int, seqlen: int, head_dim: int, causal: bool, *,
+    batch: int, dtype: str, heads_k: int | None = None, head_dim_v: int | None = None, series: str = "model",
+) -> Case:  # fmt: skip
+    """A case of self-attention: as many queries as keys."""
+    heads_k, head_dim_v = heads_k or heads, head_dim_v or head_dim
+    return Case(name, source, batch, heads, heads_k, seqlen, seqlen, head_dim, head_dim_v, causal, dtype, series)
+
+
+def sweep(
+    source: str, dtype: str, tokens: int | None, hidden: int, head_dims: tuple[int, ...], seqlens: tuple[int, ...]
+) -> list[Case]:
+    """Curves over sequence length: every head_dim, causal and full, hidden // head_dim heads, longest sequences first.
+
+    Args:
+        source: as in Case.
+        dtype: as in Case.
+        tokens: tokens of a batch, so that batch = tokens // seqlen; None = batch 1.
+        hidden: heads * head_dim.
+        head_dims: one curve each.
+        seqlens: points of a curve.
+    """
+    return [
+        square(
+            f"d{head_dim} {'causal' if causal else 'full'} {seqlen}",
+            source, hidden // head_dim, seqlen, head_dim, causal,
+            batch=1 if tokens is None else max(tokens // seqlen, 1), dtype=dtype, series="sweep",
+        )
+        for seqlen in sorted(seqlens, reverse=True)
+        for head_dim in head_dims
+        for causal in (False, True)
+    ]  # fmt: skip
+
+
+def standard_sweep(dtype: str = "bfloat16") -> list[Case]:
+    """16k tokens and hidden size 2048, as in Dao 2023, Figures 4 to 6, and in FlashAttention-3's benchmarks."""
+    source = "Dao 2023 (arXiv 2307.08691), section 4.1: 16k tokens, hidden size 2048"
+    return sweep(source, dtype, 16384, 2048, (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384))
+
+
+def models(dtype: str = "bfloat16") -> list[Case]:
+    """Published models at the lengths they are trained or run with."""
+    vit = "Dosovitskiy et al. 2021 (arXiv 2010.11929), Table 1, 224 px and the class token: "
+    llama = "huggingface.co/meta-llama/Meta-Llama-3-8B, config.json: 32 heads, 8 of keys, head_dim 128, 8192 tokens"
+    sdxl = "huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, unet/config.json: 10 heads of 640 channels"
+    return [
+        square("GPT-2", "Radford et al. 2019: huggingface.co/openai-community/gpt2, config.json: 12 heads, 1024 tokens",
+               12, 1024, 64, True, batch=16, dtype=dtype),
+        square("BERT-base", "Devlin et al. 2019 (arXiv 1810.04805): 12 heads, hidden 768, 512",
+               12, 512, 64, False, batch=32, dtype=dtype),
+        square("ViT-B/16", vit + "12 heads, hidden 768",
+               12, 197, 64, False, batch=128, dtype=dtype),
+        square("ViT-H/14", vit + "16 heads, hidden 1280",
+               16, 257, 80, False, batch=64, dtype=dtype),
+        square("SigLIP-So400m/14",
+               "huggingface.co/google/siglip-so400m-patch14-384, config.json: 16 heads, hidden 1152",
+               16, 729, 72, False, batch=32, dtype=dtype),
+        square("Llama-3-8B", llama, 32, 8192, 128, True, batch=1, dtype=dtype, heads_k=8),
+        Case("Llama-3-8B chunk", llama + "; 1024 new tokens after 7168",
+             1, 32, 8, 1024, 8192, 128, 128, True, dtype, "model"),
+        square("Gemma-2B", "Gemma Team 2024 (arXiv 2403.08295), Table 1: 8 heads, 1 of keys, head size 256, 8192",
+               8, 8192, 256, True, batch=2, dtype=dtype, heads_k=1),
+        square("Phi-2", "huggingface.co/microsoft/phi-2, config.json: 32 heads, hidden 2560, 2048 tokens",
+               32, 2048, 80, True, batch=4, dtype=dtype),
+        square("DeepSeek-V3 prefill",
+               "DeepSeek-AI 2024 (arXiv 2412.19437), section 4.2: 128 heads of 128 + 64, values 128",
+               128, 4096, 192, True, batch=1, dtype=dtype, head_dim_v=128),
+        square("SDXL self", sdxl + ", 64 x 64 positions", 10, 4096, 64, False, batch=4, dtype=dtype),
+        Case("SDXL cross", sdxl + ", 77 tokens of text", 4, 10, 10, 4096, 77, 64, 64, False, dtype, "model"),
+        Case("Whisper cross",
+             "Radford et al. 2022 (arXiv 2212.04356): large, 20 heads, 448 tokens of text, 1500 frames",
+             8, 20, 20, 448, 1500, 64, 64, False, dtype, "model"),
+    ]  # fmt: skip
+
+
+def small_models() -> list[Case]:
+    """The models' shapes at batch 1 in float32, the long ones shortened, the wide ones with a quarter of the heads."""
+    small = {case.name: replace(case, batch=1, dtype="float32") for case in models()}
+    llama = replace(small["Llama-3-8B"], name="Llama-3-8B /4", heads=8, heads_k=2, seqlen_q=1024, seqlen_k=1024)
+    return [
+        *(small[name] for name in ("GPT-2", "BERT-base", "ViT-B/16", "ViT-H/14", "SigLIP-So400m/14", "Whisper cross")),
+        llama,
+        replace(llama, name="Llama-3-8B /4 chunk", seqlen_q=128),
+        replace(small["Gemma-2B"], name="Gemma-2B /4", heads=2, seqlen_q=1024, seqlen_k=1024),
+        replace(small["Phi-2"], name="Phi-2 /4", heads=8, seqlen_q=1024, seqlen_k=1024),
+        replace(small["DeepSeek-V3 prefill"], name="DeepSeek-V3 /32", heads=4, heads_k=4, seqlen_q=512, seqlen_k=512),
+    ]
+
+
+def cpu() -> list[Case]:
+    """What two cores can measure in minutes: float32, batch 1, hidden size 512, then the models' shapes made small."""
+    narrow = sweep(CPU_CURVE, "float32", None, 512, (64,), (256, 512, 1024, 2048, 4096))
+    return narrow + small_models() + sweep(CPU_CURVE, "float32", None, 512, (128,), (512, 1024, 2048))
+
+
+def memory(device: torch.device) -> list[Case]:
+    """Where peak memory is measured on a CPU, a fresh process each: the timed curve, full, and twice as far."""
+    curve = sweep(CPU_CURVE, "float32", None, 512, (64,), (256, 512, 1024, 2048, 4096, 8192))
+    return [] if device.type == "cuda" else [case for case in curve if not case.causal]
+
+
+def quick() -> list[Case]:
+    """Seconds, not minutes: every kind of shape once, to see that the harness works."""
+    vit, whisper = small_models()[2], small_models()[5]
+    return sweep(CPU_CURVE, "float32", None, 512, (64,), (128, 256)) + [vit, whisper]
+
+
+def suite(name: str, device: torch.device, dtype: str = "bfloat16") -> list[Case]:
+    """The cases of a suite: "cpu", "sweep", "models", "all" (sweep and models), "quick", or "auto" (cpu or all)."""
+    if name == "auto":
+        name = "all" if device.type == "cuda" else "cpu"
+    made: dict[str, Callable[[], list[Case]]] = {
+        "cpu": cpu,
+        "quick": quick,
+        "sweep": lambda: standard_sweep(dtype),
+        "models": lambda: models(dtype),
+        "all": lambda: standard_sweep(dtype) + models(dtype),
+    }
+    if name not in made:
+        raise ValueError(f"suite must be one of auto, {', '.join(made)}, got {name}")
+    return made[name]()

@@ -1,0 +1,208 @@
+"""A run as pictures: memory against sequence length, throughput by head_dim and mask, speed-up over standard attention.
+
+python -m bench.plot bench/results/<machine>/results.json      # draws again what a run measured
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import record as records
+from bench.cases import PASSES, Case
+from bench.peers import OURS, PEERS, STANDARD
+from bench.record import Record
+from bench.report import MILLION, NAMES, curves, memory_curves, memory_points, slope, throughput_unit
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; ours is always the same colour.
+COLOURS = {
+    STANDARD: "#000000", OURS: "#D55E00", "sdpa-flash": "#0072B2", "sdpa-efficient": "#56B4E9", "sdpa-cudnn": "#009E73",
+    "sdpa-math": "#999999", "flex": "#CC79A7", "flash-attn-2": "#F0E442", "flash-attn-3": "#E69F00",
+    "flash-attn-4": "#7A4B1F",
+}  # fmt: skip
+DPI = 130
+MARKS = {"oom": "OOM", "wrong": "WRONG", "error": "ERROR"}
+
+
+def figure(rows: int, columns: int, width: float, height: float) -> "tuple[Figure, list[list[Axes]]]":
+    """A figure of width x height inches a panel, without the state pyplot would keep."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained")
+    return drawn, drawn.subplots(rows, columns, squeeze=False).tolist()
+
+
+def finish(drawn: "Figure", title: str, record: Record, path: Path) -> Path:
+    """Titles the figure with the machine and the versions and writes it."""
+    versions: dict[str, str] = record.machine["versions"]
+    software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if versions[name] != "absent")
+    where = f"{records.title(record.machine)}; {software}; {record.machine['date'][:10]}"
+    drawn.suptitle(f"{title}\n{where}", fontsize=11)
+    drawn.savefig(path)
+    return path
+
+
+def seqlen_axis(axes: "Axes", lengths: Sequence[int]) -> None:
+    """A logarithmic axis of sequence lengths that names each one measured."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(lengths), list(map(short, lengths)))
+    axes.minorticks_off()
+    axes.set_xlabel("sequence length")
+
+
+def short(seqlen: int) -> str:
+    """A length as axes name it: 512, 1k, 16k."""
+    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+
+
+def label(peer: str) -> str:
+    """The name of a peer in a legend."""
+    return "flash (this library)" if peer == OURS else peer
+
+
+def draw_memory(record: Record, path: Path) -> Path | None:
+    """Peak memory against sequence length, log-log, the fitted slope in the legend; a panel for each pass."""
+    found = memory_curves(record)
+    if not found:
+        return None
+    drawn, panels = figure(len(found), 2, 5.2, 4.4)
+    for line, curve in zip(panels, found, strict=True):
+        for axes, what in zip(line, ("forward", "both"), strict=True):
+            for peer in [name for name in PEERS if memory_points(record, curve, name, what)]:
+                points = memory_points(record, curve, peer, what)
+                fit = slope(points)
+                text = label(peer) + (f", slope {fit:.2f}" if fit is not None else "")
+                axes.plot(*zip(*((n, b / MILLION) for n, b in points), strict=True),
+                          "o-", color=COLOURS.get(peer), label=text)  # fmt: skip
+            axes.set_yscale("log")
+            axes.margins(y=0.2)
+            mark_missing(axes, record, curve, what)
+            seqlen_axis(axes, [c.seqlen_k for c in curve if (r := record.row(c.name, OURS, what)) and r.peak_outcome])
+            axes.set_ylabel("MB a sequence, beyond inputs and outputs")
+            first = curve[0]
+            mask = "causal" if first.causal else "full"
+            shape = f"{first.heads} heads, head_dim {first.head_dim}, {mask}, {first.dtype}"
+            axes.set_title(f"{NAMES[what]}: {shape}", fontsize=10)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=9)
+    return finish(drawn, "Peak memory of attention against sequence length", record, path)
+
+
+def mark_missing(axes: "Axes", record: Record, curve: Sequence[Case], what: str) -> None:
+    """Writes OOM or skipped where standard attention has no memory to show."""
+    for case in curve:
+        row = record.row(case.name, STANDARD, what)
+        if row is not None and row.peak_outcome in ("oom", "skipped"):
+            text = {"oom": "OOM", "skipped": "not\nmeasured"}[row.peak_outcome]
+            axes.annotate(f"standard\n{text}", (case.seqlen_k, 0.97), xycoords=("data", "axes fraction"),
+                          ha="center", va="top", fontsize=8, color=COLOURS[STANDARD])  # fmt: skip
+
+
+def shown_peers(record: Record, cases: Sequence[Case], what: str) -> list[str]:
+    """Peers with a timing or a mark in these cases, in the order of PEERS."""
+    rows = [row for case in cases for name in PEERS if (row := record.row(case.name, name, what))]
+    seen = {row.peer for row in rows if row.latency is not None or row.outcome in MARKS}
+    return [name for name in PEERS if name in seen]
+
+
+def bars(axes: "Axes", record: Record, curve: Sequence[Case], peers: Sequence[str], what: str) -> None:
+    """Grouped bars of throughput, whiskers from p20 to p80, numbers on top; a word where there is no number."""
+    width = 0.84 / len(peers)
+    _, scale = throughput_unit(record)
+    top = 0.0
+    for place, peer in enumerate(peers):
+        for i, case in enumerate(curve):
+            row = record.row(case.name, peer, what)
+            x = i + (place - (len(peers) - 1) / 2) * width
+            if row is None or row.latency is None or row.tflops is None:
+                word = MARKS.get(row.outcome, "") if row else ""
+                axes.text(x, 0, word, rotation=90, ha="center", va="bottom", fontsize=7, color=COLOURS.get(peer))
+                continue
+            height = scale * row.tflops
+            slowest, fastest = (height * row.latency.median / t for t in (row.latency.p80, row.latency.p20))
+            axes.bar(x, height, width, color=COLOURS.get(peer), label=label(peer))
+            axes.errorbar(x, height, [[height - slowest], [fastest - height]], color="#777777", lw=0.8)
+            number = f" {height:.2g}" if height < 10 else f" {height:.0f}"
+            axes.text(x, fastest, number, rotation=90, ha="center", va="bottom", fontsize=7)
+            top = max(top, fastest)
+    axes.set_xticks(range(len(curve)), [short(case.seqlen_k) for case in curve])
+    axes.set_ylim(0, 1.2 * top or 1)  # room for the numbers
+
+
+def draw_throughput(record: Record, what: str, path: Path) -> Path | None:
+    """Throughput against sequence length: a panel for each head_dim and mask, bars for each peer."""
+    timed = {
+        key: [case for case in curve if any((r := record.row(case.name, p, what)) and r.latency for p in PEERS)]
+        for key, curve in curves(record).items()
+    }
+    timed = {key: curve for key, curve in timed.items() if curve}
+    if not timed:
+        return None
+    head_dims, masks = sorted({key[0] for key in timed}), sorted({key[1] for key in timed})
+    drawn, panels = figure(len(head_dims), len(masks), 5.6, 3.4)
+    peers = shown_peers(record, [case for curve in timed.values() for case in curve], what)
+    handles: dict[str, Artist] = {}
+    for line, head_dim in zip(panels, head_dims, strict=True):
+        for axes, causal in zip(line, masks, strict=True):
+            curve = timed.get((head_dim, causal), [])
+            if not curve:
+                axes.set_axis_off()
+                continue
+            bars(axes, record, curve, peers, what)
+            axes.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}, {curve[0].dtype}", fontsize=10)
+            axes.set_xlabel("sequence length")
+            axes.set_ylabel(f"{throughput_unit(record)[0]} (more is better)")
+            found, names = axes.get_legend_handles_labels()
+            handles |= dict(zip(names, found, strict=True))
+    columns = min(len(handles), 6)
+    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9)
+    return finish(drawn, f"Throughput of attention, {NAMES[what]}", record, path)
+
+
+def gains(record: Record, what: str) -> list[tuple[str, dict[str, float], str]]:
+    """(case, speed-up, dtype) of every row of ours that has one: the models, then the sweep by curve and length."""
+    cases = [case for case in record.cases.values() if case.series == "model"]
+    cases += [case for curve in curves(record).values() for case in curve]
+    rows = [(case, record.row(case.name, OURS, what)) for case in cases]
+    return [(case.name, row.speedup, case.dtype) for case, row in rows if row is not None and row.speedup]
+
+
+def draw_speedup(record: Record, path: Path) -> Path | None:
+    """Speed-up of ours over standard attention, every case, bars with spread."""
+    found = {what: gains(record, what) for what in ("forward", "both")}
+    count = max(map(len, found.values()))
+    if not count:
+        return None
+    drawn, panels = figure(1, 2, 5.6, 1.6 + 0.22 * count)
+    for axes, what in zip(panels[0], found, strict=True):
+        found_here = found[what][::-1]
+        for y, (_, gain, _) in enumerate(found_here):
+            middle, low, high = gain["median"], gain["low"], gain["high"]
+            axes.barh(y, middle, color=COLOURS[OURS])
+            axes.errorbar(middle, y, xerr=[[middle - low], [high - middle]], color="#333333", lw=1, capsize=2)
+            axes.text(high, y, f"  {middle:.2f}x", va="center", fontsize=8)
+        axes.axvline(1, color=COLOURS[STANDARD], lw=1, ls="--")
+        axes.set_yticks(range(len(found_here)), [name for name, _, _ in found_here], fontsize=8)
+        axes.margins(x=0.15, y=0.02)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("times as fast as standard attention (dashed = 1)")
+        axes.set_title(f"{NAMES[what]}, {found[what][0][2] if found[what] else ''}", fontsize=10)
+    return finish(drawn, "Speed-up of flash over standard attention, with p20-p80 spread", record, path)
+
+
+def draw(record: Record, out: Path) -> list[Path]:
+    """Writes every picture the record has numbers for and returns their paths."""
+    drawn = [draw_memory(record, out / "memory.png"), draw_speedup(record, out / "speedup.png")]
+    drawn += [draw_throughput(record, what, out / f"throughput-{what}.png") for what in PASSES]
+    return [path for path in drawn if path is not None]
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    for picture in draw(records.load(source), source.parent):
+        print(picture)

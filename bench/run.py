@@ -1,0 +1,298 @@
+"""The benchmark: checks, times, weighs, writes and draws.
+
+    python -m bench.run                    # what `make bench` runs: a set that suits the machine
+    python -m bench.run --suite sweep --cases d128 --peers standard flash sdpa-cudnn
+
+Nothing is timed before its result matched the float64 oracle (bench/check.py). Every combination of case, peer and pass
+leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, with the reason.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench import cases as shapes
+from bench import measure as meter
+from bench import record as records
+from bench.cases import PASSES, Case
+from bench.check import NAMES, Expected, compare, expect
+from bench.measure import Effort, OutOfMemory, out_of_memory
+from bench.peers import OURS, PEERS, STANDARD, Peer, refusal
+from bench.record import Record, Row
+
+RESULTS = Path(__file__).parent / "results"
+MEMORY_PASSES = ("forward", "both")
+MATRICES = {"forward": 2, "both": 3}  # of scores, that standard attention holds at once
+SCORES_BYTES_LIMIT = 2**30  # on a CPU: above it standard attention alone would take most of the time there is
+CPU_EFFORT, GPU_EFFORT, QUICK_EFFORT = Effort(0.0, 0.25, 3), Effort(0.025, 0.1, 5), Effort(0.0, 0.01, 3)
+CPU_LIMIT, CPU_PATIENCE = 190.0, 2.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made.
+
+    Args:
+        device: "cpu" or "cuda".
+        seed: of the operands.
+        threads: of a CPU.
+        effort: how long a latency is measured.
+        memory: whether peak memory is measured.
+        patience: seconds; a peer whose check takes longer is not timed, standard and ours excepted.
+        deadline: of time.monotonic(); what is not begun by then is skipped, and says so.
+    """
+
+    device: torch.device
+    seed: int = 0
+    threads: int = 2
+    effort: Effort = CPU_EFFORT
+    memory: bool = True
+    patience: float = float("inf")
+    deadline: float = float("inf")
+
+
+def failure(row: Row, error: BaseException) -> Row:
+    """The row of a call that raised."""
+    if out_of_memory(error):
+        return replace(row, outcome="oom", reason=str(error).splitlines()[0] if str(error) else "out of memory")
+    if reason := refusal(error):
+        return replace(row, outcome="absent", reason=reason)
+    return replace(row, outcome="error", reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def gate(case: Case, row: Row, call: Callable[[], tuple[torch.Tensor, ...]], expected: Expected) -> Row:
+    """The row with its errors; its outcome is "ok" where every result is within its bound."""
+    try:
+        results = call()
+        verdict = compare(case, expected, dict(zip(NAMES, results, strict=False)))
+    except Exception as error:  # whatever a peer raises is its result, and is written down
+        return failure(row, error)
+    row = replace(row, errors=verdict.errors, bounds=verdict.bounds)
+    if verdict.ok:
+        return replace(row, outcome="ok")
+    worst = ", ".join(
+        f"{name} {error:.1e} > {verdict.bounds[name]:.1e}"
+        for name, error in verdict.errors.items()
+        if not error <= verdict.bounds[name]
+    )
+    return replace(row, outcome="wrong", reason=f"error above its bound: {worst}")
+
+
+def weigh(row: Row, call: Callable[[], tuple[torch.Tensor, ...]]) -> Row:
+    """The row with its peak memory on a GPU."""
+    try:
+        return replace(row, peak_bytes=meter.gpu_peak(call), peak_outcome="ok")
+    except Exception as error:
+        failed = failure(row, error)
+        return replace(row, peak_outcome=failed.outcome, peak_reason=failed.reason)
+
+
+def measure(
+    case: Case, peer: Peer, tensors: tuple[torch.Tensor, ...], expected: Expected, settings: Settings
+) -> list[Row]:
+    """Checks a peer on a case, then times what was right: one row a pass."""
+    blank = {what: Row(case.name, peer.name, what) for what in PASSES}
+    if time.monotonic() > settings.deadline:
+        return [replace(row, outcome="skipped", reason="the time limit was over") for row in blank.values()]
+    if reason := peer.absent(case, settings.device):
+        return [replace(row, outcome="absent", reason=reason) for row in blank.values()]
+    try:
+        with peer.prepare(case, settings.device) as attention:
+            calls = meter.passes(attention, *tensors)
+            start = time.monotonic()
+            checked = {what: gate(case, blank[what], calls[what], expected) for what in MEMORY_PASSES}
+            took = time.monotonic() - start
+            checked["backward"] = replace(checked["both"], what="backward")
+            rows = [checked[what] for what in PASSES]
+            if took > settings.patience and peer.name not in (STANDARD, OURS):
+                reason = f"one forward and one backward took {took:.1f} s, more than {settings.patience:g} s"
+                return [replace(row, outcome="skipped", reason=reason) if row.outcome == "ok" else row for row in rows]
+            return [timed(case, row, calls[row.what], settings) for row in rows]
+    except Exception as error:  # prepare itself may fail: to import, to compile, to allocate
+        return [failure(row, error) for row in blank.values()]
+
+
+def timed(case: Case, row: Row, call: Callable[[], tuple[torch.Tensor, ...]], settings: Settings) -> Row:
+    """The row with its latency, if it passed the gate, and on a GPU its peak memory."""
+    if settings.device.type == "cuda" and settings.memory and row.what in MEMORY_PASSES:
+        if row.outcome == "oom":
+            row = replace(row, peak_outcome="oom", peak_reason=row.reason)
+        elif row.outcome == "ok":
+            row = weigh(row, call)
+    if row.outcome != "ok":
+        return row
+    try:
+        found = meter.latency(call, settings.device, settings.effort)
+    except Exception as error:
+        return failure(row, error)
+    return replace(row, latency=found, tflops=shapes.flops(case, row.what) / found.median / 1e9)
+
+
+def weigh_in_child(case: Case, peer: str, what: str, settings: Settings) -> Row:
+    """A row that holds peak memory on a CPU alone."""
+    row = Row(case.name, peer, what, reason="measured for memory alone")
+    if peer == STANDARD:
+        scores, available = shapes.score_bytes(case), meter.available_memory()
+        # Two children run at a time.
+        if available is not None and 2 * MATRICES[what] * scores > available:
+            needed, free = MATRICES[what] * scores / 1e9, available / 1e9
+            reason = f"not started: it needs {needed:.1f} GB, and {free:.1f} GB are free for two processes"
+            return replace(row, peak_outcome="oom", peak_reason=reason)
+        if scores > SCORES_BYTES_LIMIT:
+            reason = f"a matrix of scores takes {scores / 1e9:.1f} GB, and too much of the time there is"
+            return replace(row, peak_outcome="skipped", peak_reason=reason)
+    try:
+        peak = meter.cpu_peak_in_child(case, peer, what, settings.threads, settings.seed)
+    except OutOfMemory as error:
+        return replace(row, peak_outcome="oom", peak_reason=str(error))
+    except Exception as error:
+        return replace(row, peak_outcome="error", peak_reason=str(error))
+    return replace(row, peak_bytes=peak, peak_outcome="ok")
+
+
+def weigh_all(record: Record, cases: Sequence[Case], peers: Sequence[str], settings: Settings, step: Progress) -> None:
+    """Peak memory of cases on a CPU, two processes at a time: nothing is timed meanwhile."""
+    jobs = [(case, peer, what) for case in cases for peer in peers for what in MEMORY_PASSES]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures = {pool.submit(weigh_in_child, *job, settings): job for job in jobs}
+        for future in as_completed(futures):
+            case, peer, what = futures[future]
+            record.cases.setdefault(case.name, case)
+            record.add([future.result()])
+            step(f"memory: {case.name}, {peer}, {what}")
+
+
+def time_all(
+    record: Record, cases: Sequence[Case], peers: Sequence[Peer], settings: Settings, step: Progress,
+    finished: Callable[[], None],
+) -> None:  # fmt: skip
+    """Every peer on every case; finished() is called after each case. Rows that have a timing already are kept."""
+    for case in cases:
+        record.cases.setdefault(case.name, case)
+        missing = [peer for peer in peers if not done(record, case, peer)]
+        if not missing:
+            continue
+        tensors = shapes.inputs(case, settings.device, settings.seed)
+        late = time.monotonic() > settings.deadline
+        expected = Expected([], "nothing: the time limit was over") if late else expect(case, *tensors)
+        record.checked[case.name] = expected.extent
+        for peer in missing:
+            record.add(measure(case, peer, tensors, expected, settings))
+            step(f"{case.name}, {peer.name}")
+        finished()
+
+
+def done(record: Record, case: Case, peer: Peer) -> bool:
+    """Whether a record has all the rows of a case and a peer, from an earlier run."""
+    rows = [record.row(case.name, peer.name, what) for what in PASSES]
+    return all(row is not None and row.outcome not in ("untimed", "skipped") for row in rows)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").splitlines()[0])
+    option = parser.add_argument
+    option("--suite", default="auto", help="auto, cpu, sweep, models, all or quick (default: auto)")
+    option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
+    option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
+    option("--peers", nargs="*", default=[], choices=list(PEERS), help="only these (default: all)")
+    option("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    option("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of the GPU suites")
+    option("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
+    option("--seed", type=int, default=0, help="of the operands (default: 0)")
+    option("--threads", type=int, default=min(2, torch.get_num_threads()), help="of a CPU (default: 2)")
+    option("--limit", type=float, help=f"seconds after which nothing is begun (default: {CPU_LIMIT:g} on a CPU)")
+    option("--patience", type=float, help=f"of a peer's check, in seconds (default: {CPU_PATIENCE:g} on a CPU)")
+    option("--no-memory", action="store_true", help="do not measure peak memory")
+    option("--resume", action="store_true", help="keep the rows that the folder's results.json has")
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the command line asks for, with the defaults of the device."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cpu = device.type == "cpu"
+    never = float("inf")
+    limit = args.limit if args.limit is not None else (CPU_LIMIT if cpu else never)
+    patience = args.patience if args.patience is not None else (CPU_PATIENCE if cpu else never)
+    effort = QUICK_EFFORT if args.quick else CPU_EFFORT if cpu else GPU_EFFORT
+    deadline = time.monotonic() + limit
+    return Settings(device, args.seed, args.threads, effort, not args.no_memory, patience, deadline)
+
+
+def described(args: argparse.Namespace, settings: Settings) -> dict[str, object]:
+    """The settings as they are written down."""
+    return {
+        "suite": "quick" if args.quick else args.suite,
+        "only_cases": args.cases,
+        "only_peers": args.peers,
+        "seed": settings.seed,
+        "threads": settings.threads,
+        "effort": settings.effort._asdict(),
+        "timer": "triton.testing.do_bench" if settings.device.type == "cuda" else "torch.utils.benchmark.Timer",
+        "statistics": "median, 20th and 80th percentile",
+        "memory": "torch.cuda.max_memory_allocated" if settings.device.type == "cuda" else "VmHWM of a fresh process",
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "peers": {peer.name: peer.what for peer in PEERS.values()},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 0, or 1 where our own result was wrong or raised."""
+    args = parse(argv)
+    settings = settings_of(args)
+    try:
+        import matplotlib  # noqa: F401
+        from tqdm import tqdm
+    except ImportError as error:
+        print(f"the benchmark needs {error.name}: pip install 'flash-triton[bench]'", file=sys.stderr)
+        return 2
+    from bench.plot import draw
+    from bench.report import report
+
+    torch.set_num_threads(settings.threads)
+    suite = shapes.suite("quick" if args.quick else args.suite, settings.device, args.dtype)
+    wanted = [case for case in suite if not args.cases or any(text in case.name for text in args.cases)]
+    peers = [PEERS[name] for name in args.peers or PEERS]
+    machine = records.machine(settings.device, settings.threads)
+    out = args.out or RESULTS / records.slug(machine)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    record = Record(machine, described(args, settings), {}, {}, {})
+    if args.resume and path.exists():
+        earlier = records.load(path)
+        record.cases, record.checked, record.rows = earlier.cases, earlier.checked, earlier.rows
+    weighed = [case for case in shapes.memory(settings.device) if not args.quick or case.seqlen_q <= 512]
+    weighed = weighed if settings.memory and not args.cases else []
+    weighed_peers = [peer.name for peer in peers if peer.name in (STANDARD, OURS)]
+
+    total = len(weighed) * len(weighed_peers) * len(MEMORY_PASSES) + len(wanted) * len(peers)
+    with tqdm(total=total, unit="", dynamic_ncols=True, mininterval=0.5) as bar:
+
+        def step(text: str) -> None:
+            bar.set_description_str(text)
+            bar.update()
+
+        weigh_all(record, weighed, weighed_peers, settings, step)
+        time_all(record, wanted, peers, settings, step, lambda: record.save(path))
+    records.compare_peers(record)
+    record.save(path)
+    text = report(record)
+    (out / "report.md").write_text(text)
+    print(text)
+    for picture in draw(record, out):
+        print(picture)
+    ours = [row for row in record.rows.values() if row.peer == OURS]
+    return int(any(row.outcome in ("wrong", "error") or row.peak_outcome == "error" for row in ours))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
