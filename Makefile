@@ -59,7 +59,8 @@ sweep: $(READY) ## time the tile sizes on the GPU of this machine
 
 build: $(READY) ## an sdist, and a wheel made from it, in dist/
 	rm -rf dist
-	$(PY) -m build
+	$(PY) -m build --quiet
+	@ls dist
 
 clean: ## remove the virtual environments, builds and caches
 	rm -rf .venv .venv-triton-* build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -251,8 +251,7 @@ asked = []
 
 def by_us():
     frame = sys._getframe(2)
-    while frame and ("importlib" in frame.f_code.co_filename or Path(frame.f_code.co_filename).name
-                     in ("os.py", "_collections_abc.py")):
+    while frame.f_code.co_filename.startswith("<frozen ") or Path(frame.f_code.co_filename).name == "os.py":
         frame = frame.f_back
     return any(str(Path(frame.f_code.co_filename).resolve()).startswith(folder) for folder in OURS)
 
