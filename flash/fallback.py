@@ -1,20 +1,54 @@
 """Attention in torch operations, for the CPU and every machine without Triton: O(n) memory, forward and backward.
 
-The same contract as `kernels/forward.py` and `kernels/backward.py`. A tile here is some query rows against all the keys
-that any of them can see: whole rows, so the softmax needs no running maximum, and few enough that the scores stay within
-`TILE_BYTES` at every length (Rabe & Staats 2021, arXiv 2112.05682). The backward pass computes the weights again from lse
-(Dao et al. 2022, arXiv 2205.14135, algorithm 4).
+The same contract as `kernels/forward.py` and `kernels/backward.py`, served in two ways.
+
+Fused: torch's own flash kernels for the CPU, called in float32 (float64 for float64), which on half inputs is nearer to
+the truth than their half versions and faster backward. A causal call is a rectangle of keys that all rows see and a
+triangle (`Part`), merged by lse. Those kernels leak a hidden NaN and take no gradient of lse and no empty tensor.
+
+Block-wise: everything else. A tile is some query rows against all the keys that any of them can see: whole rows, so the
+softmax needs no running maximum, and few enough that the scores stay within `TILE_BYTES` at every length (Rabe & Staats
+2021, arXiv 2112.05682). The backward pass computes the weights again from lse (Dao et al. 2022, arXiv 2205.14135,
+algorithm 4).
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flash.kernels.spec import Mods, Spec
 
-TILE_BYTES = 2 * 2**20  # scores of one tile; a handful of temporaries of this size is all the memory beside the results
+TILE_BYTES = 2 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+ALIGNMENT = 64  # bytes; the CPU's matrix products may round differently for a tensor that starts elsewhere
+
+fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Call(NamedTuple):
+    """The operands of a call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mods: Mods
+    spec: Spec
+    scale: float
+    q_offset: int
+
+
+class Part(NamedTuple):
+    """Some heads of some sequences for one fused call, and which keys they see: a rectangle, a triangle or both."""
+
+    b: slice
+    heads_k: slice
+    heads: list[slice]  # the query heads that share heads_k, one of each group at a time
+    rows: slice
+    pieces: list[tuple[slice, bool]]  # keys, and whether row r of rows sees only the first r + 1 of them
 
 
 class Tile(NamedTuple):
@@ -44,11 +78,36 @@ def forward(
         o [batch, heads, seqlen_q, head_dim_v] in q's dtype and order in memory, and lse [batch, heads, seqlen_q],
         natural logarithm, float32 (float64 for float64).
     """
-    accumulator = accumulator_dtype(q)
     o = like(q, v.shape[-1]).zero_()
-    lse = torch.full(q.shape[:3], float("-inf"), dtype=accumulator, device=q.device)
-    finite = not spec.causal or all_finite(v)
-    for tile in tiles(q, k, mods, spec, q_offset):
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=accumulator_dtype(q), device=q.device)
+    run = forward_fused if fused_serves(q, k, v) else forward_blocks
+    run(Call(q, k, v, mods, spec, scale, q_offset), o, lse)
+    return o, lse
+
+
+def forward_fused(call: Call, o: Tensor, lse: Tensor) -> None:
+    """Fill o and lse by torch's kernels."""
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    head_dim, dtype = max(q.shape[-1], v.shape[-1]), lse.dtype
+    for part in parts(call, head_dim):
+        keys = [[dense(x[part.b, part.heads_k, cols], head_dim, dtype) for x in (k, v)] for cols, _ in part.pieces]
+        for heads in part.heads:
+            q_part = dense(q[part.b, heads, part.rows], head_dim, dtype)
+            pieces = [
+                fused_forward(q_part, k_part, v_part, 0.0, causal, scale=scale)
+                for (k_part, v_part), (_, causal) in zip(keys, part.pieces, strict=True)
+            ]
+            o_part, lse_part = pieces[0] if len(pieces) == 1 else merge(*pieces[0], *pieces[1])
+            o[part.b, heads, part.rows] = o_part[..., : v.shape[-1]].to(o.dtype)
+            lse[part.b, heads, part.rows] = lse_part
+
+
+def forward_blocks(call: Call, o: Tensor, lse: Tensor) -> None:
+    """Fill o and lse tile by tile."""
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    accumulator = lse.dtype
+    finite = not call.spec.causal or all_finite(v)
+    for tile in tiles(call):
         q_tile = load_rows(q, tile, accumulator)
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
         s = scores(q_tile, k_tile, tile, scale)
@@ -59,7 +118,6 @@ def forward(
         acc = matmul(p, v_tile, None if finite else visible(p, tile))
         store_rows(o, tile, acc.div_(l.masked_fill(l == 0, 1.0)))
         store_rows(lse.unsqueeze(-1), tile, l.log().add_(m))
-    return o, lse
 
 
 def backward(
@@ -75,7 +133,7 @@ def backward(
     scale: float,
     q_offset: int,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of `forward`, those that `needs` (for q, k, v) asks for and None for the others.
 
     Args:
@@ -88,12 +146,49 @@ def backward(
     Returns:
         dq, dk, dv in the shape, dtype and order in memory of q, k, v.
     """
-    accumulator = accumulator_dtype(q)
-    dq = like(q, q.shape[-1]).zero_() if needs[0] else None
-    dk = torch.zeros_like(k, dtype=accumulator) if needs[1] else None
-    dv = torch.zeros_like(v, dtype=accumulator) if needs[2] else None
-    finite = not spec.causal or all(all_finite(x) for x in (do, q, k, v, o, dlse) if x is not None)
-    for tile in tiles(q, k, mods, spec, q_offset):
+    call = Call(q, k, v, mods, spec, scale, q_offset)
+    dq, dk, dv = (like(x, x.shape[-1]).zero_() if need else None for x, need in zip((q, k, v), needs, strict=True))
+    grads = dq, dk, dv
+    if dlse is None and fused_serves(do, q, k, v, o):
+        backward_fused(call, do, o, lse, grads)
+    else:
+        backward_blocks(call, do, dlse, o, lse, grads)
+    return grads
+
+
+def backward_fused(call: Call, do: Tensor, o: Tensor, lse: Tensor, grads: Gradients) -> None:
+    """Fill dq, dk, dv by torch's kernels; given the whole o and lse, the gradients of a part's pieces add up."""
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    dq, dk, dv = grads
+    head_dim, dtype = max(q.shape[-1], v.shape[-1]), lse.dtype
+    for part in parts(call, head_dim):
+        keys = [[dense(x[part.b, part.heads_k, cols], head_dim, dtype) for x in (k, v)] for cols, _ in part.pieces]
+        sums = [[torch.zeros_like(x) for x in pair] for pair in keys]
+        for heads in part.heads:
+            do_part, q_part, o_part = (dense(x[part.b, heads, part.rows], head_dim, dtype) for x in (do, q, o))
+            lse_part = lse[part.b, heads, part.rows].contiguous()
+            dq_part = torch.zeros_like(q_part)
+            for (k_part, v_part), (dk_part, dv_part), (_, causal) in zip(keys, sums, part.pieces, strict=True):
+                piece = fused_backward(do_part, q_part, k_part, v_part, o_part, lse_part, 0.0, causal, scale=scale)
+                for total, term in zip((dq_part, dk_part, dv_part), piece, strict=True):
+                    total += term
+            if dq is not None:
+                dq[part.b, heads, part.rows] = dq_part[..., : q.shape[-1]].to(dq.dtype)
+        for (dk_part, dv_part), (cols, _) in zip(sums, part.pieces, strict=True):
+            if dk is not None:
+                dk[part.b, part.heads_k, cols] = dk_part[..., : k.shape[-1]].to(dk.dtype)
+            if dv is not None:
+                dv[part.b, part.heads_k, cols] = dv_part[..., : v.shape[-1]].to(dv.dtype)
+
+
+def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, grads: Gradients) -> None:
+    """Fill dq, dk, dv tile by tile."""
+    q, k, v, scale = call.q, call.k, call.v, call.scale
+    accumulator = lse.dtype
+    dq = grads[0]
+    dk, dv = (None if x is None else torch.zeros_like(x, dtype=accumulator) for x in grads[1:])
+    finite = not call.spec.causal or all(all_finite(x) for x in (do, q, k, v, o, dlse) if x is not None)
+    for tile in tiles(call):
         q_tile = load_rows(q, tile, accumulator)
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
         do_tile, o_tile = load_rows(do, tile, accumulator), load_rows(o, tile, accumulator)
@@ -119,11 +214,61 @@ def backward(
             store_rows(dq, tile, matmul(ds, k_tile, keep))
         if dk is not None:
             dk[tile.b, tile.heads_k, tile.cols] += matmul(ds.mT, q_tile, keep_t)
-    return dq, None if dk is None else dk.to(k.dtype), None if dv is None else dv.to(v.dtype)
+    for grad, total in zip(grads[1:], (dk, dv), strict=True):
+        if grad is not None and total is not None:
+            grad.copy_(total)
 
 
-def tiles(q: Tensor, k: Tensor, mods: Mods, spec: Spec, q_offset: int) -> Iterator[Tile]:
+def fused_serves(*tensors: Tensor) -> bool:
+    """Whether torch's kernels say the same thing: not where a NaN or inf could leak, and not of empty tensors."""
+    return all(x.device.type == "cpu" and x.numel() > 0 and all_finite(x) for x in tensors)
+
+
+def parts(call: Call, head_dim: int) -> Iterator[Part]:
+    """The fused calls that make up one of ours."""
+    q, k, mods, spec = call.q, call.k, call.mods, call.spec
+    batch, heads, seqlen_q, _ = q.shape
+    heads_k, seqlen_k = k.shape[1:3]
+    group = heads // heads_k
+    fits = TILE_BYTES // (max(seqlen_q, seqlen_k) * head_dim * accumulator_dtype(q).itemsize)
+    pairs = max(fits, torch.get_num_threads())  # the fused backward runs one thread a head
+    step_h = min(heads_k, pairs)
+    step_b = max(1, pairs // heads_k) if mods.q_offset is None else 1
+    for b in range(0, batch, step_b):
+        offset = call.q_offset if mods.q_offset is None else int(mods.q_offset[b])
+        start = max(0, -offset) if spec.causal else 0  # the rows before see nothing
+        if start >= seqlen_q:
+            continue
+        shared = min(start + offset, seqlen_k) if spec.causal else seqlen_k
+        if shared >= seqlen_k - 1:
+            pieces = [(slice(0, seqlen_k), False)]
+        else:
+            pieces = [(slice(0, shared), False)] if shared else []
+            pieces.append((slice(shared, min(seqlen_k, shared + seqlen_q - start)), True))
+        for h in range(0, heads_k, step_h):
+            stop = min(h + step_h, heads_k)
+            one_of_each = [slice(h * group + g, stop * group, group) for g in range(group)]
+            yield Part(slice(b, b + step_b), slice(h, stop), one_of_each, slice(start, seqlen_q), pieces)
+
+
+def dense(x: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """x [batch, heads, seqlen, d] as dtype, d padded to head_dim, laid out in memory alike whatever x's strides."""
+    if x.shape[-1] < head_dim:
+        return F.pad(x.to(dtype), (0, head_dim - x.shape[-1])).contiguous()
+    same = x.dtype == dtype and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
+    return x if same else torch.empty(x.shape, dtype=dtype).copy_(x)
+
+
+def merge(o: Tensor, lse: Tensor, o_more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse over two disjoint sets of keys from those over each; both lse finite."""
+    total = torch.logaddexp(lse, lse_more)
+    o = o * (lse - total).exp().unsqueeze(-1)
+    return o.addcmul_(o_more, (lse_more - total).exp().unsqueeze(-1)), total
+
+
+def tiles(call: Call) -> Iterator[Tile]:
     """The tiles of a call, without those no query of which can see a key."""
+    q, k, mods, spec = call.q, call.k, call.mods, call.spec
     batch, heads, seqlen_q, _ = q.shape
     heads_k, seqlen_k = k.shape[1:3]
     if 0 in (batch, heads, seqlen_q, seqlen_k):
@@ -132,7 +277,7 @@ def tiles(q: Tensor, k: Tensor, mods: Mods, spec: Spec, q_offset: int) -> Iterat
     budget = max(1, TILE_BYTES // (accumulator_dtype(q).itemsize * group * seqlen_k))  # rows of a key head
     block_m = min(seqlen_q, budget)
     step = min(heads_k, max(1, budget // seqlen_q))
-    offsets = [q_offset] * batch if mods.q_offset is None else mods.q_offset.tolist()
+    offsets = [call.q_offset] * batch if mods.q_offset is None else mods.q_offset.tolist()
     for b, offset in enumerate(offsets):
         for h in range(0, heads_k, step):
             heads_slice = slice(h, min(h + step, heads_k))
