@@ -185,7 +185,8 @@ def draw_speedup(record: Record, path: Path) -> Path | None:
             middle, low, high = gain["median"], gain["low"], gain["high"]
             axes.barh(y, middle, color=COLOURS[OURS])
             axes.errorbar(middle, y, xerr=[[middle - low], [high - middle]], color="#333333", lw=1, capsize=2)
-            axes.text(high, y, f"  {middle:.2f}x", va="center", fontsize=8)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.text(high, y, f" {middle:.2f}x", va="center", fontsize=8, bbox=behind)
         axes.axvline(1, color=COLOURS[STANDARD], lw=1, ls="--")
         axes.set_yticks(range(len(found_here)), [name for name, _, _ in found_here], fontsize=8)
         axes.margins(x=0.15, y=0.02)
