@@ -174,7 +174,7 @@ def small_models() -> list[Case]:
         llama,
         replace(llama, name="Llama-3-8B /4 chunk", seqlen_q=128),
         replace(small["Gemma-2B"], name="Gemma-2B /4", heads=2, seqlen_q=1024, seqlen_k=1024),
-        replace(small["Phi-2"], name="Phi-2 /4", heads=8, seqlen_q=1024, seqlen_k=1024),
+        replace(small["Phi-2"], name="Phi-2 /4", heads=8, heads_k=8, seqlen_q=1024, seqlen_k=1024),
         replace(small["DeepSeek-V3 prefill"], name="DeepSeek-V3 /32", heads=4, heads_k=4, seqlen_q=512, seqlen_k=512),
     ]
 
