@@ -1,8 +1,9 @@
 """Which Config a kernel call runs with: a timed table of this machine, a shipped table, or a formula, with the reason.
 
-A table is JSON: where it was made, and rows (kernel, dtype, head_dim, causal, seqlen) -> Config. head_dim is a bucket, the
-power of two that holds the call's; seqlen is the longest sequence that a row is for; null as causal or seqlen means any.
-Every number is held to an allow-list on reading, so a table can make a call slow, never wrong.
+A table is JSON: where it was made, and rows (kernel, dtype, head_dim, ragged, causal, seqlen) -> Config. head_dim is a
+bucket, the power of two that holds the call's; ragged calls have a head_dim that is no multiple of 16, so that their
+rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any. Every
+number is held to an allow-list on reading, so a table can make a call slow, never wrong.
 
 `lookup` takes plain values and searches, first hit wins:
     the table that a sweep on this machine wrote      GPU name, Triton version and kernel sources are those of the call
@@ -67,6 +68,10 @@ NEAREST = {
 }
 
 
+# (kernel, dtype, bucket of head_dim, ragged, causal): a call, as far as tables tell calls apart besides their length.
+Call = tuple[str, str, int, bool, bool]
+
+
 class Choice(NamedTuple):
     """A Config and why it was chosen."""
 
@@ -81,7 +86,8 @@ class Row(NamedTuple):
         kernel: "forward", "dkdv" or "dq".
         dtype: "float16", "bfloat16", "float32" or "float64".
         head_dim: a power of two, 16 to 512.
-        causal: which calls the row is for; None = both.
+        ragged: whether the row is for calls whose head_dim is no multiple of 16; None = both.
+        causal: whether the row is for causal calls; None = both.
         seqlen: the longest sequence that the row is for, a power of two; None = any.
         config: what to launch with.
         shared: bytes of shared memory that it takes at most, 0 = unknown.
@@ -91,6 +97,7 @@ class Row(NamedTuple):
     kernel: str
     dtype: str
     head_dim: int
+    ragged: bool | None
     causal: bool | None
     seqlen: int | None
     config: Config
@@ -107,7 +114,7 @@ class Table(NamedTuple):
         triton: version of Triton that compiled the candidates.
         kernels: `kernel_hash` of the sources that were compiled.
         timed: whether a GPU timed the rows; otherwise they only compile and fit.
-        rows: at most one for each (kernel, dtype, head_dim, causal, seqlen).
+        rows: at most one for each (kernel, dtype, head_dim, ragged, causal, seqlen).
     """
 
     target: str
@@ -145,27 +152,27 @@ def lookup(
     if not 1 <= head_dim <= HEAD_DIMS[-1]:
         raise ValueError(f"head_dim must be 1 to {HEAD_DIMS[-1]}, got {head_dim}")
     bucket = next(d for d in HEAD_DIMS if d >= head_dim)
-    return _choose(target, kernel, dtype, bucket, _length_bucket(seqlen), bool(causal), gpu)
+    return _choose(target, (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal)), _length_bucket(seqlen), gpu)
 
 
 @lru_cache(maxsize=4096)
-def _choose(target: str, kernel: str, dtype: str, head_dim: int, seqlen: int, causal: bool, gpu: str | None) -> Choice:
+def _choose(target: str, call: Call, seqlen: int, gpu: str | None) -> Choice:
+    kernel, dtype, head_dim = call[:3]
     if target == "interpreter":
         side = 32 if head_dim <= 128 else 16
         return Choice(Config(side, side, 4, 1), "small tiles for the interpreter")
-    key = (kernel, dtype, head_dim, causal)
     if gpu is not None:
-        row = _find(user_table(target, gpu), key, seqlen)
+        row = _find(user_table(target, gpu), call, seqlen)
         if row is not None:
             return Choice(row.config, f"timed on this machine's {gpu}")
     table = shipped_table(target)
-    row = _find(table, key, seqlen)
+    row = _find(table, call, seqlen)
     if row is not None:
         return Choice(row.config, f"shipped table of {target}, {_origin(table)}")
     near = NEAREST.get(target)
     if near is not None:
         table = shipped_table(near)
-        row = _find(table, key, seqlen)
+        row = _find(table, call, seqlen)
         if row is not None and 0 < row.shared <= shared_limit(target):
             fits = f"its {shared_limit(target) // KiB} KiB of shared memory"
             return Choice(row.config, f"no table for {target}; the row of {near}, {_origin(table)}, fits {fits}")
@@ -183,12 +190,13 @@ def _origin(table: Table | None) -> str:
     return f"timed on {table.gpu}" if table is not None and table.timed else "untimed"
 
 
-def _find(table: Table | None, key: tuple[str, str, int, bool], seqlen: int) -> Row | None:
-    """The row of a table for a call: of its causal rather than of any, of the nearest length at least as long."""
+def _find(table: Table | None, call: Call, seqlen: int) -> Row | None:
+    """The row of a table for a call: the most particular, and of those the one of the nearest length, rather longer."""
     if table is None:
         return None
-    rows = [row for row in table.rows if (row.kernel, row.dtype, row.head_dim) == key[:3]]
-    rows = [row for row in rows if row.causal is key[3]] or [row for row in rows if row.causal is None]
+    rows = [row for row in table.rows if row[:3] == call[:3]]
+    for at in (3, 4):  # ragged, causal
+        rows = [row for row in rows if row[at] is call[at]] or [row for row in rows if row[at] is None]
     if not rows:
         return None
     longest = SEQLENS[-1]
@@ -220,7 +228,7 @@ def heuristic(target: str, kernel: str, dtype: str, head_dim: int) -> Config:
                 continue
             for num_stages in (2, 1):
                 fits = _shared_bound(kernel, itemsize, head_dim, own, walked, num_stages) <= shared_limit(target)
-                if fits and _registers_bound(kernel, itemsize, head_dim, own, walked, num_warps) <= 160:
+                if fits and registers_bound(kernel, itemsize, head_dim, own, walked, num_warps) <= 160:
                     block_m, block_n = (walked, own) if kernel == "dkdv" else (own, walked)
                     return Config(block_m, block_n, num_warps, num_stages)
     return Config(16, 16, 4, 1)
@@ -233,7 +241,7 @@ def _shared_bound(kernel: str, itemsize: int, head_dim: int, own: int, walked: i
     return tiles_owned * own * tile + 2 * num_stages * walked * tile + own * walked * itemsize + 2 * KiB
 
 
-def _registers_bound(kernel: str, itemsize: int, head_dim: int, own: int, walked: int, num_warps: int) -> int:
+def registers_bound(kernel: str, itemsize: int, head_dim: int, own: int, walked: int, num_warps: int) -> int:
     """Registers a thread needs for accumulators and tiles of scores."""
     accumulators = 2 if kernel == "dkdv" else 1
     scores = 1 if kernel == "forward" else 2
@@ -360,7 +368,7 @@ def parse(text: bytes) -> Table:
     if not isinstance(data.get("rows"), list):
         raise ValueError("rows must be a list")
     rows = tuple(_row(row) for row in data["rows"])
-    if len({row[:5] for row in rows}) != len(rows):
+    if len({row[:6] for row in rows}) != len(rows):
         raise ValueError("two rows say something of the same calls")
     target, gpu, triton, kernels = (str(word) for word in words)
     return Table(target, gpu, triton, kernels, data["timed"], rows)
@@ -386,6 +394,7 @@ def _row(data: Any) -> Row:
         one_of("kernel", KERNELS),
         one_of("dtype", tuple(ITEMSIZE)),
         one_of("head_dim", HEAD_DIMS),
+        one_of("ragged", (None, False, True)),
         one_of("causal", (None, False, True)),
         one_of("seqlen", (None, *SEQLENS)),
         Config(*(one_of(field, allowed) for field, allowed in ALLOWED.items())),
@@ -408,7 +417,8 @@ def dump(table: Table) -> str:
         The text, rows in a fixed order.
     """
     order = {name: i for i, name in enumerate((*KERNELS, *ITEMSIZE))}
-    rows = sorted(table.rows, key=lambda r: (order[r.kernel], order[r.dtype], r.head_dim, str(r.causal), r.seqlen or 0))
+    rows = sorted(table.rows, key=lambda row: (order[row.dtype], order[row.kernel], *map(str, row[2:6])))
+    rows.sort(key=lambda row: (order[row.dtype], row.head_dim, order[row.kernel]))
     lines = []
     for row in rows:
         fields = row._asdict()

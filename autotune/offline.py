@@ -1,0 +1,150 @@
+"""Choose Configs by compiling alone: for each row of a target's table the best guess that fits and does not spill.
+
+Nothing here has been timed, and the table says so.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from flash.kernels.spec import Config
+
+from .journal import Journal
+from .resources import Report
+from .space import Variant, candidates, variants
+from .tables import HEAD_DIMS, KERNELS, Row, Table, kernel_hash
+
+Compile = Callable[[str, str, Variant, Config], Report]
+TRIES = 8  # candidates compiled for a row before the least bad one is taken
+
+
+class Need(NamedTuple):
+    """A row that a table should have: what `Row` calls kernel, dtype, head_dim and ragged."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    ragged: bool | None
+
+
+class Figures(NamedTuple):
+    """The worst that any variant of a Config takes, or why it is out (an empty fault = it is not)."""
+
+    spill_bytes: int
+    shared: int
+    fault: str
+
+
+def needs(target: str, dtypes: Iterable[str], head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Need]:
+    """The rows of a target's table.
+
+    Ragged calls have rows of their own where the registers that their addresses take would make the others slow.
+    """
+    for dtype in dtypes:
+        if dtype == "float64" and target.startswith("hip:"):  # Triton before 3.9 cannot compile it
+            continue
+        for head_dim in sorted(head_dims):
+            apart = target.startswith("cuda:") and dtype in ("float16", "bfloat16") and 32 <= head_dim <= 128
+            for kernel in KERNELS:
+                for ragged in (False, True) if apart else (None,):
+                    yield Need(kernel, dtype, head_dim, ragged)
+
+
+def calls_of(need: Need) -> tuple[Variant, ...]:
+    """The calls that a row's Config must compile for."""
+    kernel, dtype, head_dim, ragged = need
+    return variants(kernel, dtype, head_dim, bool(ragged))
+
+
+def measure(target: str, need: Need, config: Config, compile: Compile, most: float = float("inf")) -> Figures:
+    """Compile a Config for the calls of a row; stops where it spills `most` bytes or more.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        need: the row.
+        config: the tiles.
+        compile: (target, kernel, variant, config) -> Report.
+        most: spilled bytes of the best so far.
+
+    Returns:
+        The worst figures, and a fault where it fails to compile, fit, or keep its wgmma asynchronous.
+    """
+    spill_bytes = shared = 0
+    for variant in calls_of(need):
+        try:
+            made = compile(target, need.kernel, variant, config)
+        except RuntimeError as error:
+            return Figures(spill_bytes, shared, str(error))
+        spill_bytes, shared = max(spill_bytes, made.spill_bytes), max(shared, made.shared)
+        fault = "; ".join(made.faults) or ("wgmma is serialised" if made.serialized else "")
+        if fault or spill_bytes >= most:
+            return Figures(spill_bytes, shared, fault or "spills more than another")
+    return Figures(spill_bytes, shared, "")
+
+
+def choose(target: str, need: Need, compile: Compile, first: Iterable[Config] = (), tries: int = TRIES) -> Row | None:
+    """The first candidate that fits and does not spill, else the one that spills least.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        need: the row.
+        compile: (target, kernel, variant, config) -> Report.
+        first: Configs to try before the others.
+        tries: after how many that fit to be content with the least bad.
+
+    Returns:
+        The row, or None where no candidate compiles and fits.
+    """
+    best: Row | None = None
+    fitting = 0
+    for config in dict.fromkeys((*first, *candidates(target, need.kernel, need.dtype, need.head_dim))):
+        most = float("inf") if best is None else best.spill_bytes
+        figures = measure(target, need, config, compile, most)
+        fitting += not figures.fault or figures.fault.startswith("spills")
+        if not figures.fault:
+            best = Row(*need, None, None, config, figures.shared, figures.spill_bytes)
+        if best is not None and (best.spill_bytes == 0 or fitting >= tries):
+            break
+    return best
+
+
+def build_table(
+    target: str, wanted: Iterable[Need], compile: Compile, journal: Journal, triton: str, progress: Any = None
+) -> Table:
+    """Choose every wanted row, going on where the journal ends.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        wanted: the rows.
+        compile: (target, kernel, variant, config) -> Report.
+        journal: where finished rows are kept.
+        triton: version of the Triton that compiles.
+        progress: a tqdm bar, or None.
+
+    Returns:
+        The table, untimed; rows that nothing fits are left out.
+    """
+    rows: list[Row] = []
+    for need in wanted:
+        key = f"{target} {kernel_hash()} {triton} {need}"
+        if key not in journal:
+            # neighbours often agree: the other half precision, the next smaller head_dim
+            kin = [row for row in rows if row.kernel == need.kernel and row.ragged == need.ragged]
+            near = [row.config for row in kin if row.head_dim == need.head_dim and _like(row.dtype, need.dtype)]
+            row = choose(target, need, compile, near)
+            journal.write(key, None if row is None else [*row[:6], list(row.config), *row[7:]])
+        found = journal[key]
+        if found is not None:
+            rows.append(Row(*found[:6], Config(*found[6]), *found[7:]))
+        if progress is not None:
+            progress.set_postfix_str(f"{need.kernel} {need.dtype} {need.head_dim}: {describe(found)}")
+            progress.update()
+    return Table(target, "", triton, kernel_hash(), False, tuple(rows))
+
+
+def _like(a: str, b: str) -> bool:
+    return {a, b} == {"float16", "bfloat16"}
+
+
+def describe(found: list[Any] | None) -> str:
+    """A journalled row in a few words."""
+    return "nothing fits" if found is None else f"{Config(*found[6])}, {found[8]} B spilled"

@@ -1,0 +1,317 @@
+"""What a kernel costs on a target that need not be present: registers, spills, shared memory, and its inner loops.
+
+    python -m flash.autotune.resources forward --dtype bfloat16 --head-dim 128 --target cuda:90 --target hip:gfx942
+
+The kernel is compiled with Triton from its source for an explicit target, as a launch would specialise it. These
+figures rule out what does not fit, spills, or whose wgmma ptxas serialises. They do not rank the rest.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flash.kernels.spec import Config, Mods, Shape, Sizes, Spec, View
+
+from .listing import Loop, matrix_loops
+from .space import Variant
+from .tables import HEAD_DIMS, ITEMSIZE, lookup, shared_limit
+
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64"}
+TENSOR_MEMORY = 512  # columns that one program may have on sm_100
+EMPTY_KERNEL = 16  # a kernel of fewer registers than this has lost its body
+
+
+class Report(NamedTuple):
+    """What a compiled kernel takes.
+
+    Args:
+        target: what it was compiled for.
+        registers: of one thread.
+        spill_bytes: that one thread spills.
+        shared: bytes of shared memory of one program.
+        limit: bytes of shared memory that the target gives.
+        tensor_memory: columns of tensor memory, of 512 (sm_100).
+        warnings: what ptxas complains of, as of serialised wgmma.
+        loops: the innermost matrix loops; () where no listing was asked for.
+    """
+
+    target: str
+    registers: int
+    spill_bytes: int
+    shared: int
+    limit: int
+    tensor_memory: int
+    warnings: tuple[str, ...]
+    loops: tuple[Loop, ...]
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of exponentials issued under a wgmma in the shortest loop, that over full tiles; None without one."""
+        shares = [(loop.instructions, loop.hidden) for loop in self.loops if loop.hidden is not None]
+        return min(shares)[1] if shares else None
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why a launch would fail, or mean nothing; () where it would not. Spills are no fault."""
+        found = []
+        if self.shared > self.limit:
+            found.append(f"{self.shared} B of shared memory, of {self.limit}")
+        if self.tensor_memory > TENSOR_MEMORY:
+            found.append(f"{self.tensor_memory} columns of tensor memory, of {TENSOR_MEMORY}")
+        if self.registers < EMPTY_KERNEL:
+            found.append(f"an empty kernel of {self.registers} registers")
+        return tuple(found)
+
+    @property
+    def serialized(self) -> bool:
+        """Whether ptxas gave up on overlapping the wgmma of a loop."""
+        return any("serializ" in warning for warning in self.warnings)
+
+
+def report(target: str, kernel: str, variant: Variant, config: Config, listing: bool = False) -> Report:
+    """Compile a kernel for a target and say what it takes.
+
+    Args:
+        target: "cuda:80", "cuda:90", "cuda:100", "hip:gfx942", ...
+        kernel: "forward", "delta", "dkdv" or "dq".
+        variant: the call.
+        config: the tiles.
+        listing: whether to read the loops out of the disassembled kernel too.
+
+    Returns:
+        The report.
+
+    Raises:
+        RuntimeError: the kernels are interpreted in this process, or the compiler fails.
+    """
+    compiled = build(target, kernel, variant, config)
+    shared = int(compiled.metadata.shared)
+    backend = target.partition(":")[0]
+    read = _read_cuda if backend == "cuda" else _read_hip
+    registers, spill_bytes, warnings, text = read(compiled, target, listing)
+    loops = matrix_loops(text) if listing else ()
+    columns = int(getattr(compiled.metadata, "tmem_size", None) or 0)
+    return Report(target, registers, spill_bytes, shared, shared_limit(target), columns, warnings, loops)
+
+
+def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
+    """Compile a kernel for a target, as a launch of the variant would; Triton's CompiledKernel.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        kernel: "forward", "delta", "dkdv" or "dq".
+        variant: the call.
+        config: the tiles.
+
+    Returns:
+        What triton.compile returns.
+
+    Raises:
+        RuntimeError: the kernels are interpreted in this process, or the compiler fails.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = _function(kernel)
+    if not isinstance(function, triton.runtime.JITFunction):
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
+    backend, _, arch = target.partition(":")
+    signature, constants, attributes = _specialise(function, target, variant, config)
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    wave = 64 if arch.startswith("gfx9") else 32
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, wave)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    try:
+        compiled = triton.compile(source, target=gpu, options=options)
+    except Exception as error:  # passes, LLVM and ptxas each have exceptions of their own
+        raise RuntimeError(f"{kernel} {config} does not compile for {target}: {error!s:.300}") from error
+    made_for = _target_of(compiled, backend)
+    if made_for.rstrip("af") != arch:
+        raise RuntimeError(f"{kernel} was to be compiled for {target}, got code for {made_for}")
+    return compiled
+
+
+def _function(kernel: str) -> Any:
+    from flash.kernels import backward, forward
+
+    functions = {
+        "forward": forward.forward_kernel,
+        "delta": backward.delta_kernel,
+        "dkdv": backward.dkdv_kernel,
+        "dq": backward.dq_kernel,
+    }
+    return functions[kernel]
+
+
+def _specialise(
+    function: Any, target: str, variant: Variant, config: Config
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(types, constants, divisibilities) of a kernel's arguments, as the launcher would find them for dense tensors."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: list[tuple[int, ...]] = []
+    values = _arguments(target, variant, config)
+    for at, name in enumerate(function.arg_names):
+        value = values[name]
+        if isinstance(value, View):
+            head_dim = variant.head_dim_v if name in ("v", "o", "do", "dv") else variant.head_dim
+            signature[name] = value
+            constants[(at, 4)] = 1
+            divisible.append((at, 0))
+            if head_dim % 16 == 0:
+                divisible += [(at, axis) for axis in (1, 2, 3)]
+            elif name == "dlse":
+                constants[(at, 3)] = 1
+        elif isinstance(value, Mods):
+            signature[name] = Mods(*("constexpr" if operand is None else operand for operand in value))
+            for place, operand in enumerate(value):
+                if operand is None:
+                    constants[(at, place)] = None
+                else:
+                    divisible.append((at, place))
+        elif isinstance(value, (Sizes, str)):
+            signature[name] = value
+            if isinstance(value, str) and value.startswith("*"):
+                divisible.append((at,))
+        else:
+            signature[name] = "constexpr"
+            constants[(at,)] = value
+    return signature, constants, {place: [["tt.divisibility", 16]] for place in divisible}
+
+
+def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
+    """What each parameter of the kernels is given: its type, or, of a constant, its value."""
+    pointer = POINTERS[variant.dtype]
+    acc = "*fp64" if variant.dtype == "float64" else "*fp32"
+    lengths: Any = ("i32",) * 4
+    strides: Any = ("i32", "i32", "i32", "constexpr")
+    view = View(pointer, *strides)
+    dlse = View(acc, *strides) if variant.dlse else None
+    precision = "tf32x3" if variant.dtype == "float32" and target.startswith("cuda:") else "ieee"
+    padded = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
+    return {
+        **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), view),
+        "dlse": dlse,
+        "lse": acc,
+        "delta": acc,
+        "mods": Mods("*i32" if variant.q_offset else None),
+        "sizes": Sizes(*lengths),
+        "scale": "fp64",
+        "spec": Spec(variant.causal, variant.raw, precision),
+        "shape": Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def _target_of(compiled: Any, backend: str) -> str:
+    """The architecture that the machine code is for: "90a", "gfx942"."""
+    text, pattern = (
+        (compiled.asm["ptx"], r"^\.target\s+sm_(\w+)")
+        if backend == "cuda"
+        else (compiled.asm["amdgcn"], r"amdhsa--(gfx\w+)")
+    )
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else "nothing known"
+
+
+def _read_cuda(compiled: Any, target: str, listing: bool) -> tuple[int, int, tuple[str, ...], str]:
+    """(registers, spilled bytes, warnings, SASS): ptxas runs once more for the words that Triton throws away."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        ptxas = get_ptxas(int(target.partition(":")[2])).path
+        arch = f"--gpu-name=sm_{_target_of(compiled, 'cuda')}"
+        done = subprocess.run([ptxas, "-v", arch, source, "-o", cubin], capture_output=True, text=True, check=True)
+        text = _disassemble(cubin) if listing else ""
+    words = done.stderr
+    registers = int(_number(r"Used (\d+) registers", words))
+    spill_bytes = max(_number(r"(\d+) bytes spill stores", words), _number(r"(\d+) bytes spill loads", words))
+    complaints = [line for line in words.splitlines() if re.search(r"serializ|potential|warning", line, re.IGNORECASE)]
+    warnings = {re.sub(r"^ptxas \w+\s*:\s*|\s*in (?:the )?function.*$", "", line).strip() for line in complaints}
+    return registers, spill_bytes, tuple(sorted(warnings)), text
+
+
+def _disassemble(cubin: Path) -> str:
+    import triton
+
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _read_hip(compiled: Any, target: str, listing: bool) -> tuple[int, int, tuple[str, ...], str]:
+    text = compiled.asm["amdgcn"]
+    return _number(r"\.vgpr_count:\s*(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text), (), text
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def describe(what: str, made: Report) -> str:
+    """A report in words, for the terminal."""
+    lines = [
+        f"{what} on {made.target}: {made.registers} registers, {made.spill_bytes} B spilled, "
+        f"{made.shared} of {made.limit} B of shared memory"
+        + (f", {made.tensor_memory} of {TENSOR_MEMORY} columns of tensor memory" if made.tensor_memory else "")
+    ]
+    for loop in made.loops:
+        share = "" if loop.hidden is None else f", {loop.hidden:.0%} of exponentials under a wgmma"
+        kinds = ", ".join(f"{number} {kind}" for kind, number in loop.counts.items())
+        lines.append(f"  loop of {loop.instructions} instructions: {kinds}{share}")
+    lines += [f"  ptxas: {warning}" for warning in made.warnings]
+    lines += [f"  will not launch: {fault}" for fault in made.faults]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: report on one kernel for one or more targets; 1 where one would not launch."""
+    parser = argparse.ArgumentParser(prog="python -m flash.autotune.resources", description=__doc__.split("\n")[0])
+    parser.add_argument("kernel", choices=("forward", "delta", "dkdv", "dq"))
+    parser.add_argument(
+        "--target", action="append", help="cuda:80, cuda:90 (default), cuda:100, hip:gfx942; may repeat"
+    )
+    parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="bfloat16")
+    parser.add_argument("--head-dim", type=int, default=128, help=f"1 to {HEAD_DIMS[-1]}")
+    parser.add_argument("--head-dim-v", type=int, help="head_dim of v, where it differs")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--group", type=int, default=1, help="query heads that share a key head")
+    parser.add_argument("--q-offset", action="store_true", help="offsets read from a tensor")
+    parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (delta)")
+    parser.add_argument("--config", help="block_m,block_n,num_warps,num_stages; absent = the tables'")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    head_dim_v = options.head_dim_v or options.head_dim
+    variant = Variant(
+        options.dtype, options.head_dim, head_dim_v, options.causal, options.group,
+        q_offset=options.q_offset, dlse=options.dlse,
+    )  # fmt: skip
+    status = 0
+    for target in options.target or ["cuda:90"]:
+        if options.config:
+            config = Config(*map(int, options.config.split(",")))
+        else:
+            name = "dq" if options.kernel == "delta" else options.kernel
+            head_dim = max(options.head_dim, head_dim_v)
+            config = lookup(target, name, options.dtype, head_dim, 8192, options.causal).config
+        made = report(target, options.kernel, variant, config, listing=True)
+        if options.json:
+            print(json.dumps({"kernel": options.kernel, "config": config._asdict(), **made._asdict()}))
+        else:
+            print(describe(f"{options.kernel} {config}", made))
+        status |= bool(made.faults)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What to choose from: the candidate Configs of a kernel, best guess first, and the calls that a choice must serve.
+
+A program owns one tile, of queries (forward, dq) or of keys (dkdv), and walks tiles of the other kind. A larger tile to
+own reads memory less often, a larger tile to walk pays less often for the loop, and registers and shared memory limit
+both.
+"""
+
+from typing import NamedTuple
+
+from flash.kernels.spec import Config
+
+from .tables import ITEMSIZE, registers_bound, shared_limit
+
+OWNED = (128, 64, 32, 16)
+WALKED = (128, 64, 32, 16)
+RAGGED = {16: 8, 32: 24, 64: 40, 128: 104, 256: 200, 512: 328}  # of each bucket, a head_dim that is no multiple of 16
+
+
+class Variant(NamedTuple):
+    """What the compiler knows of a call.
+
+    Args:
+        dtype: of q, k, v.
+        head_dim: of q and k, 1 to 512.
+        head_dim_v: of v, 1 to 512.
+        causal: whether keys after the query are hidden.
+        group: query heads that share a key head.
+        raw: whether scores stay in units of q.k (a positive scale).
+        q_offset: whether offsets are read from a tensor.
+        dlse: whether lse has a gradient (the delta kernel's).
+    """
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    causal: bool = False
+    group: int = 1
+    raw: bool = True
+    q_offset: bool = False
+    dlse: bool = False
+
+
+def candidates(target: str, kernel: str, dtype: str, head_dim: int) -> tuple[Config, ...]:
+    """Configs worth compiling, the most promising first.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        kernel: "forward", "dkdv" or "dq".
+        dtype: name of a floating dtype.
+        head_dim: bucket, 16 to 512.
+
+    Returns:
+        The Configs; some of them may not fit.
+    """
+    ranked = []
+    for owned in OWNED:
+        for walked in WALKED:
+            for num_warps in (4, 8):
+                for num_stages in (1, 2, 3):
+                    cost = _cost(target, kernel, dtype, head_dim, owned, walked, num_warps, num_stages)
+                    if cost is not None:
+                        block_m, block_n = (walked, owned) if kernel == "dkdv" else (owned, walked)
+                        ranked.append((cost, Config(block_m, block_n, num_warps, num_stages)))
+    return tuple(config for _, config in sorted(ranked))
+
+
+def _cost(
+    target: str, kernel: str, dtype: str, head_dim: int, owned: int, walked: int, num_warps: int, num_stages: int
+) -> float | None:
+    """A guess at the time of one score, to order candidates by; None where it is not worth a compilation."""
+    if owned < 8 * num_warps and num_warps > 4:  # two warps would share 16 rows
+        return None
+    if walked > owned:
+        return None
+    size = ITEMSIZE[dtype]
+    # at least this much is held at once: the owned tiles, unless they are in registers, and a walked one per stage
+    least = (num_stages - 1) * walked * head_dim * size
+    registers = registers_bound(kernel, size, head_dim, owned, walked, num_warps)
+    if least > shared_limit(target) or registers > 400:
+        return None
+    traffic = 64 / owned
+    loop = 16 / walked
+    pressure = max(0.0, registers - 144) / 50
+    latency = 0.1 / num_stages
+    return traffic + loop + pressure + latency + num_warps / 64
+
+
+def variants(kernel: str, dtype: str, head_dim: int, ragged: bool) -> tuple[Variant, ...]:
+    """The calls that every Config of a bucket is compiled for, those that need most registers first.
+
+    Args:
+        kernel: "forward", "dkdv" or "dq".
+        dtype: name of a floating dtype.
+        head_dim: bucket, 16 to 512.
+        ragged: whether head_dim is no multiple of 16: rows are then not aligned, and lanes are loaded one by one.
+
+    Returns:
+        Causal and not, one and several query heads per key head; head_dim filling the bucket and padded to it.
+    """
+    calls = [(True, 4), (False, 1)]
+    if kernel == "dkdv":  # walks the group
+        calls += [(True, 1), (False, 4)]
+    if ragged:
+        return tuple(Variant(dtype, RAGGED[head_dim], RAGGED[head_dim], *call) for call in calls)
+    dims = (head_dim * 3 // 4, head_dim) if head_dim >= 64 else (head_dim,)
+    found = [Variant(dtype, d, d, *call) for call in calls for d in dims]
+    return (*found, Variant(dtype, head_dim, head_dim, True, raw=False, q_offset=True))
