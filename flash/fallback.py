@@ -23,6 +23,7 @@ from flash.kernels.spec import Mods, Spec
 
 TILE_BYTES = 2 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+FEW_DIMS = 8  # of v; below, o's rounding to half shows in do . o, and standard attention would be nearer
 ALIGNMENT = 64  # bytes; the CPU's matrix products may round differently for a tensor that starts elsewhere
 
 fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -149,10 +150,11 @@ def backward(
     call = Call(q, k, v, mods, spec, scale, q_offset)
     dq, dk, dv = (like(x, x.shape[-1]).zero_() if need else None for x, need in zip((q, k, v), needs, strict=True))
     grads = dq, dk, dv
-    if dlse is None and fused_serves(do, q, k, v, o):
+    rounded = o.dtype != lse.dtype and o.shape[-1] < FEW_DIMS
+    if dlse is None and not rounded and fused_serves(do, q, k, v, o):
         backward_fused(call, do, o, lse, grads)
     else:
-        backward_blocks(call, do, dlse, o, lse, grads)
+        backward_blocks(call, do, dlse, lse, grads)
     return grads
 
 
@@ -181,18 +183,17 @@ def backward_fused(call: Call, do: Tensor, o: Tensor, lse: Tensor, grads: Gradie
                 dv[part.b, part.heads_k, cols] = dv_part[..., : v.shape[-1]].to(dv.dtype)
 
 
-def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, grads: Gradients) -> None:
+def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, grads: Gradients) -> None:
     """Fill dq, dk, dv tile by tile."""
     q, k, v, scale = call.q, call.k, call.v, call.scale
     accumulator = lse.dtype
     dq = grads[0]
     dk, dv = (None if x is None else torch.zeros_like(x, dtype=accumulator) for x in grads[1:])
-    finite = not call.spec.causal or all(all_finite(x) for x in (do, q, k, v, o, dlse) if x is not None)
+    finite = not call.spec.causal or all(all_finite(x) for x in (do, q, k, v, dlse) if x is not None)
     for tile in tiles(call):
         q_tile = load_rows(q, tile, accumulator)
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
-        do_tile, o_tile = load_rows(do, tile, accumulator), load_rows(o, tile, accumulator)
-        lse_tile = load_rows(lse.unsqueeze(-1), tile, accumulator)
+        do_tile, lse_tile = load_rows(do, tile, accumulator), load_rows(lse.unsqueeze(-1), tile, accumulator)
         p = scores(q_tile, k_tile, tile, scale)
         p = p.sub_(lse_tile.masked_fill(lse_tile == float("-inf"), 0.0)).exp_()
         keep, keep_t = None, None
@@ -204,10 +205,13 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse:
             dv[tile.b, tile.heads_k, tile.cols] += matmul(p.mT, do_tile, keep_t)
         if dq is None and dk is None:
             continue
-        delta = (do_tile * o_tile).sum(-1, keepdim=True)
+        ds = (do_tile @ v_tile.mT).mul_(p)
+        if keep is not None:
+            ds.masked_fill_(~keep, 0.0)
+        delta = ds.sum(-1, keepdim=True)  # do . o, without o's rounding
         if dlse is not None:
             delta -= load_rows(dlse.unsqueeze(-1), tile, accumulator)
-        ds = (do_tile @ v_tile.mT).sub_(delta).mul_(p).mul_(scale)
+        ds.addcmul_(p, delta, value=-1.0).mul_(scale)
         if keep is not None:
             ds.masked_fill_(~keep, 0.0)
         if dq is not None:

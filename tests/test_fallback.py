@@ -1,0 +1,225 @@
+"""The torch backend against the oracle, output by output, and its two ways against one another."""
+
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash import fallback
+from flash.kernels.spec import Mods, Spec
+from tests.bounds import Inputs, Outputs, check
+
+HALF = [torch.float16, torch.bfloat16]
+DTYPES = [*HALF, torch.float32, torch.float64]
+
+
+def inputs(
+    seqlen_q: int, seqlen_k: int, dtype: torch.dtype, dims: tuple[int, int] = (40, 40), **options: Any
+) -> Inputs:
+    heads, heads_k = options.pop("heads", (4, 2))
+    shapes = (heads, seqlen_q, dims[0]), (heads_k, seqlen_k, dims[0]), (heads_k, seqlen_k, dims[1])
+    q, k, v = (torch.randn(2, *shape).to(dtype) for shape in shapes)
+    do, dlse = torch.randn(2, heads, seqlen_q, dims[1]).to(dtype), torch.randn(2, heads, seqlen_q)
+    dlse = dlse if options.pop("with_dlse", False) else None
+    return Inputs(q, k, v, do, dlse, options)
+
+
+def run(x: Inputs, needs: tuple[bool, bool, bool] = (True, True, True)) -> Outputs:
+    options = {"causal": False, "q_offset": None, "scale": None, **x.options}
+    q_offset = x.k.shape[2] - x.q.shape[2] if options["q_offset"] is None else options["q_offset"]
+    tensor = q_offset if isinstance(q_offset, Tensor) else None
+    scale = x.q.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
+    call = Mods(q_offset=tensor), Spec(causal=options["causal"]), scale, 0 if tensor is not None else q_offset
+    o, lse = fallback.forward(x.q, x.k, x.v, *call)
+    return Outputs(o, lse, *fallback.backward(x.do, x.dlse, x.q, x.k, x.v, o, lse, *call, needs))
+
+
+@pytest.fixture(params=["fused", "blocks", "small blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways, and many tiles where the test's lengths would make one."""
+    if request.param != "fused":
+        monkeypatch.setattr(fallback, "fused_serves", lambda *tensors: False)
+    if request.param == "small blocks":
+        monkeypatch.setattr(fallback, "TILE_BYTES", 4096)
+    return request.param
+
+
+@pytest.mark.parametrize("with_dlse", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_within_bounds(way: str, dtype: torch.dtype, causal: bool, with_dlse: bool) -> None:
+    for lengths in itertools.chain(((n, n) for n in (1, 2, 17, 63, 113)), ((17, 63), (63, 17), (1, 113), (2, 3))):
+        x = inputs(*lengths, dtype, causal=causal, with_dlse=with_dlse)
+        check(run(x), x)
+
+
+@pytest.mark.parametrize("q_offset", [0, 1, 7, -5, 100, -100, torch.tensor([3, -4], dtype=torch.int32)], ids=str)
+def test_offsets(way: str, q_offset: int | Tensor) -> None:
+    for lengths in ((17, 17), (17, 40), (40, 17)):
+        x = inputs(*lengths, torch.float64, causal=True, q_offset=q_offset)
+        check(run(x), x)
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (3, 8), (64, 64), (80, 40), (96, 96), (128, 128), (257, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_head_dims(way: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    x = inputs(17, 33, dtype, dims, causal=True)
+    check(run(x), x)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+def test_shared_heads(way: str, heads: tuple[int, int]) -> None:
+    x = inputs(33, 37, torch.float32, heads=heads, causal=True)
+    check(run(x), x)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0, 1e6])
+def test_scales(way: str, scale: float) -> None:
+    x = inputs(17, 23, torch.float64, (8, 8), scale=scale)
+    if scale == 1e6:  # weights are 0 or 1 and scores of 1e7 leave few digits to dq and dk
+        got, want = run(x).o, run(Inputs(x.q, x.k, x.v, x.do, None, {"scale": 1e5})).o
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+    else:
+        check(run(x), x)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0)])
+def test_zero_lengths(way: str, seqlen_q: int, seqlen_k: int) -> None:
+    x = inputs(seqlen_q, seqlen_k, torch.float32)
+    check(run(x), x)
+
+
+def test_empty_batch(way: str) -> None:
+    x = inputs(5, 5, torch.float32)
+    empty = Inputs(*(t[:0] for t in x[:4]))
+    assert [t.shape for t in run(empty)] == [t[:0].shape for t in run(x)]
+
+
+def test_rows_without_keys_return_zero(way: str) -> None:
+    x = inputs(7, 5, torch.float32, causal=True, q_offset=-3, with_dlse=way != "fused")
+    got = run(x)
+    assert (got.o[:, :, :3] == 0).all() and (got.lse[:, :, :3] == float("-inf")).all()
+    assert (got.dq[:, :, :3] == 0).all() and (got.dk[:, :, 4:] == 0).all() and (got.dv[:, :, 4:] == 0).all()
+    check(got, x)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_reaches_only_what_sees_it(monkeypatch: pytest.MonkeyPatch, name: str, bad: float) -> None:
+    for tile_bytes in (fallback.TILE_BYTES, 1024):
+        monkeypatch.setattr(fallback, "TILE_BYTES", tile_bytes)
+        x = inputs(33, 33, torch.float32, (8, 8), causal=True)
+        want = run(x)
+        dirty = getattr(x, name).clone()
+        dirty[:, :, 20] = bad
+        got = run(x._replace(**{name: dirty}))
+        for rows in (want.o, got.o), (want.lse, got.lse), (want.dq, got.dq):
+            seen = slice(20, 21) if name in ("q", "do") else slice(20, 33)
+            unseen = torch.ones(33, dtype=torch.bool)
+            unseen[seen] = False
+            torch.testing.assert_close(rows[1][:, :, unseen], rows[0][:, :, unseen], rtol=1e-5, atol=1e-5)
+        if name in ("q", "do"):
+            for keys in (want.dk, got.dk), (want.dv, got.dv):
+                torch.testing.assert_close(keys[1][:, :, 21:], keys[0][:, :, 21:], rtol=1e-5, atol=1e-5)
+        if name != "do":
+            affected = got.o[:, :, 20] if name == "q" else got.o[:, :, 20:]
+            assert not affected.isfinite().any() or bad == float("inf")
+
+
+def strided(x: Tensor) -> dict[str, Tensor]:
+    """x's values under strides of every kind."""
+    batch, heads, seqlen, head_dim = x.shape
+    wide = torch.full((batch, heads, seqlen + 2, head_dim + 3), float("nan"), dtype=x.dtype)
+    wide[:, :, 1:-1, 1 : head_dim + 1] = x
+    packed = torch.stack([torch.full_like(x, float("nan")), x], 3)
+    return {
+        "bshd": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "head_dim outermost": x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        "padded, one element off": wide[:, :, 1:-1, 1 : head_dim + 1],
+        "packed": packed[:, :, :, 1],
+        "every other head": torch.stack([x, x], 2).flatten(1, 2)[:, ::2],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_change_no_bit(way: str, dtype: torch.dtype) -> None:
+    x = inputs(65, 81, dtype, causal=True)
+    want = run(x)
+    views = [strided(t) for t in x[:4]]
+    for kind in views[0]:
+        got = run(Inputs(*(view[kind] for view in views), options=x.options))
+        for name, a, b in zip(Outputs._fields, got, want, strict=True):
+            assert torch.equal(a, b), f"{kind}: {name}"
+
+
+def test_expanded_inputs_change_no_bit(way: str) -> None:
+    x = inputs(33, 33, torch.float32)
+    one = [t[:1, :1, :, :1].expand_as(t) for t in x[:4]]
+    for a, b in zip(run(Inputs(*one)), run(Inputs(*(t.contiguous() for t in one))), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_output_keeps_the_order_of_axes(way: str) -> None:
+    x = inputs(5, 7, torch.float32, (8, 6))
+    views = [strided(t)["bshd"] for t in x[:4]]
+    got = run(Inputs(*views))
+    for t in (got.o, got.dq, got.dk, got.dv):
+        assert t.transpose(1, 2).is_contiguous()
+    assert got.lse.is_contiguous() and run(x).o.is_contiguous()
+
+
+def test_only_asked_for_gradients() -> None:
+    x = inputs(9, 9, torch.float32)
+    want = run(x)
+    for needs in itertools.product([False, True], repeat=3):
+        for found, grad, need in zip(run(x, needs)[2:], want[2:], needs, strict=True):
+            assert torch.equal(found, grad) if need else found is None
+
+
+def test_same_bits_every_time(way: str) -> None:
+    x = inputs(113, 113, torch.float32, causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(run(x), run(x), strict=True))
+
+
+def test_hidden_tiles_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(64, 64, torch.float32)
+    monkeypatch.setattr(fallback, "TILE_BYTES", 4096)
+    areas = []
+    for causal in (False, True):
+        call = fallback.Call(x.q, x.k, x.v, Mods(), Spec(causal=causal), 1.0, 0)
+        tiles = list(fallback.tiles(call))
+        areas.append(sum((t.rows.stop - t.rows.start) * (t.cols.stop - t.cols.start) for t in tiles))
+    assert areas[0] == 2 * 2 * 64 * 64 and areas[1] < 0.6 * areas[0]
+
+
+PEAK = """
+import sys, torch
+from flash import fallback
+from flash.kernels.spec import Mods, Spec
+torch.set_num_threads(1)
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def call(seqlen):
+    q, k, v, do = torch.randn(4, 1, 4, seqlen, 16).unbind()
+    if sys.argv[2] == "blocks":
+        fallback.fused_serves = lambda *tensors: False
+    o, lse = fallback.forward(q, k, v, Mods(), Spec(), 0.25, 0)
+    fallback.backward(do, None, q, k, v, o, lse, Mods(), Spec(), 0.25, 0, (True, True, True))
+call(64)
+before = peak()
+call(int(sys.argv[1]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["fused", "blocks"])
+def test_memory_grows_with_length_not_its_square(kind: str) -> None:
+    """1024 -> 4096: the inputs and results alone are 4 times as much, scores would be 16 times, 256 MiB here."""
+    done = subprocess.run([sys.executable, "-c", PEAK, "4096", kind], capture_output=True, text=True, check=True)
+    held = 4 * 4096 * (16 * 8 + 1) * 4 // 1024  # KiB of q, k, v, do, o, dq, dk, dv and lse
+    assert int(done.stdout) < held + 24 * 1024
