@@ -6,6 +6,9 @@
     dv    = p^T do      dk = ds/d(qk)^T q      dq = ds/d(qk) k
 
 The gradient of lse needs no kernel of its own: d lse_i / d s_ij = p_ij, so it joins delta.
+
+Where queries of a tile see different keys, what is not finite in q or k is left out of the products with ds: pairs
+that see it have a NaN in ds already, and the others must not get one from 0 * NaN.
 """
 
 import torch
@@ -81,6 +84,8 @@ def dkdv_kernel(
                     ds = p * (dp - tile.load_rows(delta, sizes, b, h, row, 0.0, BLOCK_M, PARTIAL)[None, :])
                     if PARTIAL:
                         ds = tl.where(keep, ds, 0.0)  # p = 0 alone would let a NaN of dp through
+                        if spec.uneven:
+                            q_tile = tile.finite(q_tile)
                     dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=spec.precision, out_dtype=ACC)
 
     if dk is not None:
@@ -126,6 +131,8 @@ def dq_kernel(
             if PARTIAL:
                 j = (col + tl.arange(0, BLOCK_N))[None, :]
                 ds = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), ds, 0.0)
+                if spec.uneven:
+                    k_tile = tile.finite(k_tile)
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=spec.precision, out_dtype=ACC)
 
     tile.store(dq, score.derivative(acc, scale), b, h, row, sizes.seqlen_q, shape.head_dim)

@@ -4,8 +4,10 @@
     lse = log sum_j exp(s_j)         [seqlen_q]                natural logarithm
     o   = sum_j exp(s_j - lse) v_j   [seqlen_q, head_dim_v]
 
-One program owns BLOCK_M queries of one head and walks the keys they can see BLOCK_N at a time: first the tiles that all
-of them see, then those at the edges.
+One program owns BLOCK_M queries of one head and walks the keys they can see BLOCK_N at a time: first the tiles that
+all of them see, then those at the edges. There a weight of 0 would not keep a NaN of v from queries that must not see
+it, as 0 * NaN = NaN: such values are left out of the product, and make NaN of the outputs that do see them
+afterwards.
 """
 
 import torch
@@ -40,6 +42,7 @@ def forward_kernel(
 
     run = score.key_band(row, offset, sizes, spec, BLOCK_M, BLOCK_N)
     end = run[3]  # keys past it are seen by no query of this tile: they are not read, whatever they hold
+    strange = 0  # whether a partial tile of v held NaN or infinity
     for PARTIAL in tl.static_range(2):
         for t in range(score.tiles(run, BLOCK_N, PARTIAL)):
             col = score.tile_start(run, t, BLOCK_N, PARTIAL)
@@ -51,8 +54,21 @@ def forward_kernel(
                 s = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
             v_tile = tile.load(v, b, h_k, col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
+            if PARTIAL and spec.uneven:
+                strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
+                v_tile = tile.finite(v_tile)
             acc = acc * alpha[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=spec.precision, out_dtype=ACC)
+
+    if strange != 0:  # rare: back to the queries that do see what is not finite
+        for t in range(score.tiles(run, BLOCK_N, True)):
+            col = score.tile_start(run, t, BLOCK_N, True)
+            v_tile = tile.load(v, b, h_k, col, end, shape.head_dim_v, BLOCK_N, DV, True)
+            j = (col + tl.arange(0, BLOCK_N))[None, :]
+            keep = score.visible(i, j, offset, sizes.seqlen_k, spec).to(v_tile.dtype)
+            found = (tile.finite(v_tile) != v_tile).to(v_tile.dtype)
+            seen = tl.dot(keep, found, input_precision=spec.precision, out_dtype=ACC)
+            acc = tl.where(seen > 0.0, float("nan"), acc)
 
     o_tile, lse_row = softmax.finish(acc, m, l, natural)
     tile.store(o, o_tile, b, h, row, sizes.seqlen_q, shape.head_dim_v)

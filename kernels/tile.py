@@ -60,6 +60,12 @@ def load(x, b, h, start, end, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def finite(x):
+    """x with 0 for what is NaN or infinite, which a weight of 0 does not keep out of a sum."""
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
 def store(x, value, b, h, start, end, DIM: tl.constexpr):
     """Write value [ROWS, BLOCK_D] to x[b, h, start : start + ROWS], without what lies past `end` and DIM."""
     rows, dims = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
