@@ -131,20 +131,14 @@ def build_table(
             kin = [row for row in rows if row.kernel == need.kernel and row.ragged == need.ragged]
             near = [row.config for row in kin if row.head_dim == need.head_dim and _like(row.dtype, need.dtype)]
             row = choose(target, need, compile, near)
-            journal.write(key, None if row is None else [*row[:6], list(row.config), *row[7:]])
-        found = journal[key]
-        if found is not None:
-            rows.append(Row(*found[:6], Config(*found[6]), *found[7:]))
+            journal.write(key, [] if row is None else [row.config, row.shared, row.spill_bytes])
+        for config, shared, spill_bytes in [journal[key]] if journal[key] else []:
+            rows.append(Row(*need, None, None, Config(*config), shared, spill_bytes))
         if progress is not None:
-            progress.set_postfix_str(f"{need.kernel} {need.dtype} {need.head_dim}: {describe(found)}")
+            progress.set_postfix_str(f"{' '.join(map(str, need[:3]))}: {journal[key]}")
             progress.update()
     return Table(target, "", triton, kernel_hash(), False, tuple(rows))
 
 
 def _like(a: str, b: str) -> bool:
     return {a, b} == {"float16", "bfloat16"}
-
-
-def describe(found: list[Any] | None) -> str:
-    """A journalled row in a few words."""
-    return "nothing fits" if found is None else f"{Config(*found[6])}, {found[8]} B spilled"

@@ -2,8 +2,8 @@
 
 A table is JSON: where it was made, and rows (kernel, dtype, head_dim, ragged, causal, seqlen) -> Config. head_dim is a
 bucket, the power of two that holds the call's; ragged calls have a head_dim that is no multiple of 16, so that their
-rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any. Every
-number is held to an allow-list on reading, so a table can make a call slow, never wrong.
+rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any.
+Every number is held to an allow-list on reading, so a table can make a call slow, never wrong.
 
 `lookup` takes plain values and searches, first hit wins:
     the table that a sweep on this machine wrote      GPU name, Triton version and kernel sources are those of the call
@@ -92,6 +92,7 @@ class Row(NamedTuple):
         config: what to launch with.
         shared: bytes of shared memory that it takes at most, 0 = unknown.
         spill_bytes: bytes a thread spills, the worst variant.
+        ms: median milliseconds of the timed call, 0 = untimed.
     """
 
     kernel: str
@@ -103,6 +104,7 @@ class Row(NamedTuple):
     config: Config
     shared: int = 0
     spill_bytes: int = 0
+    ms: float = 0.0
 
 
 class Table(NamedTuple):
@@ -110,10 +112,10 @@ class Table(NamedTuple):
 
     Args:
         target: "cuda:90", "hip:gfx942".
-        gpu: name of the GPU it was timed on, "" = untimed.
+        gpu: name of the GPU that timed it, "" = untimed.
         triton: version of Triton that compiled the candidates.
         kernels: `kernel_hash` of the sources that were compiled.
-        timed: whether a GPU timed the rows; otherwise they only compile and fit.
+        timed: whether a GPU timed any row; the others only compile and fit.
         rows: at most one for each (kernel, dtype, head_dim, ragged, causal, seqlen).
     """
 
@@ -168,14 +170,14 @@ def _choose(target: str, call: Call, seqlen: int, gpu: str | None) -> Choice:
     table = shipped_table(target)
     row = _find(table, call, seqlen)
     if row is not None:
-        return Choice(row.config, f"shipped table of {target}, {_origin(table)}")
+        return Choice(row.config, f"shipped table of {target}, {_origin(table, row)}")
     near = NEAREST.get(target)
     if near is not None:
         table = shipped_table(near)
         row = _find(table, call, seqlen)
         if row is not None and 0 < row.shared <= shared_limit(target):
             fits = f"its {shared_limit(target) // KiB} KiB of shared memory"
-            return Choice(row.config, f"no table for {target}; the row of {near}, {_origin(table)}, fits {fits}")
+            return Choice(row.config, f"no table for {target}; the row of {near}, {_origin(table, row)}, fits {fits}")
     reason = f"no row for {kernel}, {dtype}, head_dim {head_dim} on {target}: formula of what fits it"
     if target.startswith("hip:") and dtype == "float64":
         reason += "; Triton before 3.9 cannot compile float64 for AMD"
@@ -186,8 +188,8 @@ def _length_bucket(seqlen: int) -> int:
     return next((n for n in SEQLENS if n >= seqlen), SEQLENS[-1])
 
 
-def _origin(table: Table | None) -> str:
-    return f"timed on {table.gpu}" if table is not None and table.timed else "untimed"
+def _origin(table: Table | None, row: Row) -> str:
+    return f"timed on {table.gpu}" if table is not None and row.ms else "untimed"
 
 
 def _find(table: Table | None, call: Call, seqlen: int) -> Row | None:
@@ -400,7 +402,14 @@ def _row(data: Any) -> Row:
         Config(*(one_of(field, allowed) for field, allowed in ALLOWED.items())),
         count("shared"),
         count("spill_bytes"),
+        _milliseconds(data.get("ms", 0.0)),
     )
+
+
+def _milliseconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1e9:
+        raise ValueError(f"ms must be a time in milliseconds, got {value!r:.80}")
+    return float(value)
 
 
 def _refuse(word: str) -> None:
