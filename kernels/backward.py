@@ -84,8 +84,7 @@ def dkdv_kernel(
                     ds = p * (dp - tile.load_rows(delta, sizes, b, h, row, 0.0, BLOCK_M, PARTIAL)[None, :])
                     if PARTIAL:
                         ds = tl.where(keep, ds, 0.0)  # p = 0 alone would let a NaN of dp through
-                        if spec.uneven:
-                            q_tile = tile.finite(q_tile)
+                        q_tile = tile.finite(q_tile)
                     dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=spec.precision, out_dtype=ACC)
 
     if dk is not None:
@@ -131,8 +130,7 @@ def dq_kernel(
             if PARTIAL:
                 j = (col + tl.arange(0, BLOCK_N))[None, :]
                 ds = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), ds, 0.0)
-                if spec.uneven:
-                    k_tile = tile.finite(k_tile)
+                k_tile = tile.finite(k_tile)
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=spec.precision, out_dtype=ACC)
 
     tile.store(dq, score.derivative(acc, scale), b, h, row, sizes.seqlen_q, shape.head_dim)

@@ -54,7 +54,7 @@ def forward_kernel(
                 s = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
             v_tile = tile.load(v, b, h_k, col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
-            if PARTIAL and spec.uneven:
+            if PARTIAL:
                 strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
                 v_tile = tile.finite(v_tile)
             acc = acc * alpha[:, None]

@@ -76,11 +76,6 @@ class Spec(NamedTuple):
     raw: bool = True  # scores stay q.k up to the exponent; wants a positive scale and nothing that changes a score
     precision: str = "ieee"  # how float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"
 
-    @property
-    def uneven(self) -> bool:
-        """Whether the queries of one tile can see different keys."""
-        return self.causal
-
 
 def dense_like(q: torch.Tensor, head_dim_v: int) -> torch.Tensor:
     """An empty [batch, heads, seqlen_q, head_dim_v], dense, its axes in the order that q's have in memory."""
