@@ -160,6 +160,16 @@ def test_a_dot_in_tf32_loses_the_bits_that_tf32_loses() -> None:
     assert torch.equal(out, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_transposed_dot_is_the_dot_transposed(dtype: torch.dtype) -> None:
+    x, y = torch.randn(2, 32, 32).to(dtype)
+    out, transposed = torch.empty(2, 32, 32)
+    dot_kernel[(1,)](x, y, out, PRECISION="ieee", N=32)
+    dot_kernel[(1,)](y.T.contiguous(), x.T.contiguous(), transposed, PRECISION="ieee", N=32)
+    assert torch.equal(out, transposed.T)
+    assert torch.allclose(out, x.float() @ y.float(), atol=1e-5)
+
+
 def test_float_arguments_have_the_width_the_compiler_gives_them() -> None:
     out = torch.empty(4, dtype=torch.float64)
     scalar_kernel[(1,)](out, 0.1, Scalars(0.1), 0.1, named=0.1)

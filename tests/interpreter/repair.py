@@ -112,22 +112,37 @@ def _install_bfloat16() -> None:
     ReduceOps.apply_impl = reduce
 
 
+def tree_matmul(a: Array, b: Array) -> Array:
+    """a [M, K] @ b [K, N] in float32, summed over K as a binary tree (K a power of two, as in every Triton tile)."""
+    terms = np.multiply(a[:, :, None], b[None, :, :], dtype=np.float32)
+    while terms.shape[1] > 1:
+        half = terms.shape[1] // 2
+        terms = terms[:, :half] + terms[:, half:]
+    return terms[:, 0]
+
+
 def _install_dot() -> None:
-    """Dots of bfloat16 tiles, and float32 dots at the precision they ask for.
+    """Dots of bfloat16 tiles, float32 dots at the precision they ask for, and one sum for q.k and k.q.
 
     Up to 3.9.0 the stock one multiplies the bits of bfloat16 (https://github.com/triton-lang/triton/issues/11584) and
     ignores `input_precision`: a dot that forgot to say "ieee" would look exact here and lose 13 bits on a GPU.
+
+    It leaves the order of a float32 sum to BLAS, which chooses by shape, so that q @ k.T and (k @ q.T).T differ in
+    their last bits. A GPU sums both in one order, and a backward pass that recomputes exp(s - lse) from the transposed
+    product relies on it: at scores of 1000 the difference alone would cost four digits.
     """
     create_dot = InterpreterBuilder.create_dot
 
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        a, b = _widen(a), _widen(b)
+        a, b, acc = _widen(a), _widen(b), _widen(d)
         if input_precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == b.dtype.scalar == tl.float32:
             a, b = (TensorHandle(float32_to_tf32(x.data), tl.float32) for x in (a, b))
-        if _is_bfloat16(d):
-            wide = create_dot(self, a, b, _widen(d), input_precision, max_num_imprecise_acc)
-            return _narrow(wide.data)
-        return create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        floats = a.data.dtype in (np.float16, np.float32) and b.data.dtype in (np.float16, np.float32)
+        if floats and acc.data.dtype == np.float32 and a.data.ndim == 2:
+            acc = TensorHandle(tree_matmul(a.data, b.data) + acc.data, tl.float32)
+        else:
+            acc = create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc)
+        return _narrow(acc.data) if _is_bfloat16(d) else acc
 
     InterpreterBuilder.create_dot = dot
 
@@ -188,6 +203,36 @@ def _install_index() -> None:
     interpreter._patch_lang_tensor = patch
 
 
+def _install_patching_once() -> None:
+    """Replace the names in triton.language once a launch, not once a call of a device function.
+
+    Up to 3.9.0 every such call walks the whole language module again, which takes several times as long as the
+    arithmetic of a small tile.
+    """
+    patch_lang, call = interpreter._patch_lang, GridExecutor.__call__
+    done: set[frozenset[int]] = set()
+    running = False
+
+    def patch(fn: Any) -> Any:
+        languages = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if running and languages in done:
+            return interpreter._LangPatchScope()
+        done.add(languages)
+        return patch_lang(fn)
+
+    def executor_call(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal running
+        running = True
+        try:
+            call(self, *args, **kwargs)
+        finally:
+            running = False
+            done.clear()
+
+    interpreter._patch_lang = patch
+    GridExecutor.__call__ = executor_call
+
+
 def install() -> None:
     """Repair the interpreter of this process; call it once, before a kernel runs."""
     if getattr(GridExecutor, "repaired", False):
@@ -197,4 +242,5 @@ def install() -> None:
     _install_comparison()
     _install_float_arguments()
     _install_index()
+    _install_patching_once()
     GridExecutor.repaired = True
