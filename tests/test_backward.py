@@ -148,7 +148,20 @@ def test_a_bad_query_row_leaves_the_other_rows_alone(place: Place, poison: float
     others[0, 1, 20] = False
     assert torch.equal(got.dq[others], clean.dq[others])
     assert torch.equal(got.dk[0, 0], clean.dk[0, 0]) and torch.equal(got.dv[0, 0], clean.dv[0, 0])
+    assert torch.equal(got.dk[0, 1, 21:], clean.dk[0, 1, 21:]) and torch.equal(got.dv[0, 1, 21:], clean.dv[0, 1, 21:])
     assert got.dk[0, 1, :21].isnan().any()
+
+
+@pytest.mark.parametrize("names", ["k", "v", "kv"])
+def test_a_bad_key_reaches_only_the_rows_that_see_it(place: Place, names: str) -> None:
+    x = random_inputs(place, seqlen_q=63, causal=True)
+    clean = calls.backward(x)
+    for name in names:
+        getattr(x, name)[0, 1, 40, 3] = float("nan")
+    got = calls.backward(x)
+    assert torch.equal(got.dq[:, :, :40], clean.dq[:, :, :40])
+    for name in GRADIENTS:
+        assert torch.equal(getattr(got, name)[:, 0], getattr(clean, name)[:, 0]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -140,6 +140,22 @@ def test_keys_that_no_query_sees_never_show(place: Place, seqlen_q: int, q_offse
     assert torch.equal(got.o, clean.o) and torch.equal(got.lse, clean.lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("names", ["k", "v", "kv"])
+def test_a_bad_key_reaches_only_the_rows_that_see_it(
+    place: Place, names: str, poison: float, dtype: torch.dtype
+) -> None:
+    x = random_inputs(place, seqlen_q=63, dtype=dtype, causal=True)
+    clean = calls.forward(x)
+    for name in names:
+        getattr(x, name)[0, 1, 40, 3] = poison
+    got, want = calls.forward(x), oracle(x)
+    assert torch.equal(got.o[:, 0], clean.o[:, 0]) and torch.equal(got.o[:, :, :40], clean.o[:, :, :40])
+    assert torch.equal(got.lse[:, 0], clean.lse[:, 0]) and torch.equal(got.lse[:, :, :40], clean.lse[:, :, :40])
+    assert torch.equal(got.o.isfinite(), want.o.isfinite())
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0, 5.0, 50.0])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (2, 5), (5, 2), (17, 17), (1, 17)])
 def test_short_tails_stay_finite(place: Place, seqlen_q: int, seqlen_k: int, factor: float) -> None:
