@@ -114,6 +114,33 @@ for name, impl, fake in (("forward", forward_impl, forward_fake), ("backward", b
     torch.library.register_fake(f"flash::{name}", fake, lib=library)
 
 
+class AttentionBackward(torch.autograd.Function):
+    """The wanted gradients. They have no derivative of their own, and say so whichever input it is asked through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        do: torch.Tensor,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        call: Sequence[Any],
+        needs: Sequence[bool],
+        *operands: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.ops.flash.backward(do, dlse, q, k, v, o, lse, operands, *call, needs))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise NotImplementedError(
+            "flash_attention is differentiable once: for a second derivative use "
+            "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+        )
+
+
 class Attention(torch.autograd.Function):
     """o and lse, differentiable once with respect to q, k and v."""
 
@@ -133,13 +160,13 @@ class Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, o, lse, *operands = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if do is None:
             do = o.new_zeros(()).expand_as(o)
-        found = iter(torch.ops.flash.backward(do, dlse, q, k, v, o, lse, operands, *ctx.call, needs))
+        outputs = AttentionBackward.apply(do, dlse, q, k, v, o, lse, ctx.call, needs, *operands)  # type: ignore[no-untyped-call]
+        found = iter(outputs)
         gradients = tuple(next(found) if need else None for need in needs)
         return *gradients, None, *(None for _ in operands)
 

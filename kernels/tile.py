@@ -37,26 +37,24 @@ def pointers(x, b, h, start, rows, dims):
 
 @triton.jit
 def inside(start, end, rows, dims, DIM: tl.constexpr, RAGGED: tl.constexpr):
-    """Lanes of a tile within its rows (where RAGGED) and its DIM columns, or None where that is all of them."""
+    """Lanes of a tile within its rows, where those are RAGGED, and within its DIM columns, where those are padded."""
     if RAGGED and dims.shape[0] != DIM:
         return ((start + rows) < end)[:, None] & (dims < DIM)[None, :]
     elif RAGGED:
         return ((start + rows) < end)[:, None]
-    elif dims.shape[0] != DIM:
-        return (dims < DIM)[None, :]
     else:
-        return None
+        return (dims < DIM)[None, :]
 
 
 @triton.jit
 def load(x, b, h, start, end, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
     """x[b, h, start : start + ROWS] -> [ROWS, BLOCK_D], zero past DIM and, where RAGGED, past row `end`."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    mask = inside(start, end, rows, dims, DIM, RAGGED)
-    if mask is None:
-        return tl.load(pointers(x, b, h, start, rows, dims))
-    else:
+    if RAGGED or BLOCK_D != DIM:
+        mask = inside(start, end, rows, dims, DIM, RAGGED)
         return tl.load(pointers(x, b, h, start, rows, dims), mask=mask, other=0.0)
+    else:
+        return tl.load(pointers(x, b, h, start, rows, dims))
 
 
 @triton.jit
