@@ -28,6 +28,7 @@ from bench.peers import PEERS, Attention
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP_SHAPE = 32  # queries and keys of the call that warms the libraries
 CHILD_SECONDS = 120
+STATUS = Path("/proc/self/status")
 
 
 class OutOfMemory(RuntimeError):
@@ -119,7 +120,7 @@ def gpu_peak(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
 
 def resident(field: str) -> int:
     """Bytes of a field of /proc/self/status: VmRSS, the resident set, or VmHWM, the largest it has been."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     raise KeyError(field)

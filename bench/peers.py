@@ -121,8 +121,15 @@ def flex(case: Case, device: torch.device) -> Iterator[Attention]:
     if case.causal:
         block_mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, device=device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
-    yield lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=case.group > 1)
-    torch.compiler.reset()
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        o = compiled(q, k, v, block_mask=block_mask, enable_gqa=case.group > 1)
+        return o[0] if isinstance(o, tuple) else o  # a tuple only where lse is asked for
+
+    try:
+        yield attention
+    finally:
+        torch.compiler.reset()  # torch stops compiling a function after eight shapes
 
 
 def package_absent(module: str) -> Callable[[Case, torch.device], str | None]:

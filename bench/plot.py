@@ -6,13 +6,13 @@ python -m bench.plot bench/results/<machine>/results.json      # draws again wha
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench import record as records
 from bench.cases import PASSES, Case
 from bench.peers import OURS, PEERS, STANDARD
 from bench.record import Record
-from bench.report import MILLION, NAMES, curves, memory_curves, memory_points, slope, throughput_unit
+from bench.report import MILLION, NAMES, curves, memory_curves, memory_points, ordered, slope, throughput_unit
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -66,8 +66,12 @@ def label(peer: str) -> str:
 
 
 def draw_memory(record: Record, path: Path) -> Path | None:
-    """Peak memory against sequence length, log-log, the fitted slope in the legend; a panel for each pass."""
+    """Peak memory against sequence length, log-log, the fitted slope in the legend; a panel for each pass.
+
+    The curves of full attention alone where there are any: a causal mask changes the time, hardly the memory.
+    """
     found = memory_curves(record)
+    found = [curve for curve in found if not curve[0].causal] or found
     if not found:
         return None
     drawn, panels = figure(len(found), 2, 5.2, 4.4)
@@ -77,10 +81,13 @@ def draw_memory(record: Record, path: Path) -> Path | None:
                 points = memory_points(record, curve, peer, what)
                 fit = slope(points)
                 text = label(peer) + (f", slope {fit:.2f}" if fit is not None else "")
-                axes.plot(*zip(*((n, b / MILLION) for n, b in points), strict=True),
-                          "o-", color=COLOURS.get(peer), label=text)  # fmt: skip
+                lengths, megabytes = [n for n, _ in points], [b / MILLION for _, b in points]
+                # Ours is drawn wide, so that a peer on the same line does not hide it.
+                wide = 2 if peer == OURS else 1
+                style: dict[str, Any] = {"linewidth": 1.5 * wide, "markersize": 4 * wide, "zorder": 4 - wide}
+                axes.plot(lengths, megabytes, "o-", color=COLOURS.get(peer), label=text, **style)
             axes.set_yscale("log")
-            axes.margins(y=0.2)
+            axes.margins(x=0.1, y=0.25)
             mark_missing(axes, record, curve, what)
             seqlen_axis(axes, [c.seqlen_k for c in curve if (r := record.row(c.name, OURS, what)) and r.peak_outcome])
             axes.set_ylabel("MB a sequence, beyond inputs and outputs")
@@ -89,7 +96,7 @@ def draw_memory(record: Record, path: Path) -> Path | None:
             shape = f"{first.heads} heads, head_dim {first.head_dim}, {mask}, {first.dtype}"
             axes.set_title(f"{NAMES[what]}: {shape}", fontsize=10)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=9)
+            axes.legend(fontsize=8, loc="upper left" if len(axes.lines) < 4 else "best")
     return finish(drawn, "Peak memory of attention against sequence length", record, path)
 
 
@@ -100,7 +107,7 @@ def mark_missing(axes: "Axes", record: Record, curve: Sequence[Case], what: str)
         if row is not None and row.peak_outcome in ("oom", "skipped"):
             text = {"oom": "OOM", "skipped": "not\nmeasured"}[row.peak_outcome]
             axes.annotate(f"standard\n{text}", (case.seqlen_k, 0.97), xycoords=("data", "axes fraction"),
-                          ha="center", va="top", fontsize=8, color=COLOURS[STANDARD])  # fmt: skip
+                          ha="center", va="top", fontsize=7, color=COLOURS[STANDARD])  # fmt: skip
 
 
 def shown_peers(record: Record, cases: Sequence[Case], what: str) -> list[str]:
@@ -165,10 +172,8 @@ def draw_throughput(record: Record, what: str, path: Path) -> Path | None:
 
 
 def gains(record: Record, what: str) -> list[tuple[str, dict[str, float], str]]:
-    """(case, speed-up, dtype) of every row of ours that has one: the models, then the sweep by curve and length."""
-    cases = [case for case in record.cases.values() if case.series == "model"]
-    cases += [case for curve in curves(record).values() for case in curve]
-    rows = [(case, record.row(case.name, OURS, what)) for case in cases]
+    """(case, speed-up, dtype) of every row of ours that has one."""
+    rows = [(case, record.row(case.name, OURS, what)) for case in ordered(record)]
     return [(case.name, row.speedup, case.dtype) for case, row in rows if row is not None and row.speedup]
 
 

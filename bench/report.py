@@ -59,7 +59,8 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
         return None
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
     rise: float = sum((x - mean_x) * (y - mean_y) for x, y in logs)
-    return rise / sum((x - mean_x) ** 2 for x, _ in logs)
+    run: float = sum((x - mean_x) ** 2 for x, _ in logs)
+    return rise / run
 
 
 def curves(record: Record) -> dict[tuple[int, bool], list[Case]]:
@@ -69,6 +70,12 @@ def curves(record: Record) -> dict[tuple[int, bool], list[Case]]:
         if case.series == "sweep":
             found.setdefault((case.head_dim, case.causal), []).append(case)
     return found
+
+
+def ordered(record: Record) -> list[Case]:
+    """The cases in the order they are shown: curve by curve, then the models."""
+    models = [case for case in record.cases.values() if case.series == "model"]
+    return [case for curve in curves(record).values() for case in curve] + models
 
 
 def memory_points(record: Record, curve: Sequence[Case], peer: str, what: str) -> list[tuple[int, float]]:
@@ -91,6 +98,11 @@ def throughput_unit(record: Record) -> tuple[str, float]:
     return ("TFLOP/s", 1.0) if record.machine["device"] == "cuda" else ("GFLOP/s", 1e3)
 
 
+def digits(x: float) -> str:
+    """Three significant digits, never an exponent for what is measured here."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def timing_cell(row: Row | None, scale: float) -> str:
     """Median milliseconds, half the p20-p80 spread in percent, throughput; or the outcome."""
     if row is None:
@@ -99,7 +111,7 @@ def timing_cell(row: Row | None, scale: float) -> str:
         return SHOUTED.get(row.outcome, row.outcome)
     spread = 50 * (row.latency.p80 - row.latency.p20) / row.latency.median
     slower = " <" if row.peer == OURS and row.slower_than else ""
-    return f"{row.latency.median:.2f} ±{spread:.0f}% {scale * row.tflops:.3g}{slower}"
+    return f"{digits(row.latency.median)} ±{spread:.0f}% {digits(scale * row.tflops)}{slower}"
 
 
 def timings(record: Record, what: str) -> str:
@@ -107,7 +119,7 @@ def timings(record: Record, what: str) -> str:
     timed = {key for key in record.rows if key[2] == what and record.rows[key].outcome != "untimed"}
     present = {key[1] for key in timed if record.rows[key].outcome not in ("absent", "skipped")}
     peers = [name for name in PEERS if name in present] + sorted(present - set(PEERS))
-    names = [name for name in record.cases if any(key[0] == name for key in timed)]
+    names = [case.name for case in ordered(record) if any(key[0] == case.name for key in timed)]
     if not names or not peers:
         return ""
     _, scale = throughput_unit(record)
@@ -126,7 +138,7 @@ def shares(record: Record, curve: Sequence[Case], what: str) -> str:
     def milliseconds(row: Row | None) -> str:
         if row is None:
             return ""
-        return f"{row.latency.median:.2f}" if row.latency else SHOUTED.get(row.outcome, row.outcome)
+        return digits(row.latency.median) if row.latency else SHOUTED.get(row.outcome, row.outcome)
 
     lines = []
     for case in curve:
@@ -230,9 +242,11 @@ def environment(record: Record) -> str:
     effort = settings["effort"]
     lines.append(f"- seed {settings['seed']}; {settings['timer']}, {effort} (seconds); {settings['statistics']}")
     lines.append(f"- peak memory: {settings['memory']}, above inputs, output and gradients")
-    partly = [name for name, extent in record.checked.items() if extent != "every head"]
-    extent = f" ({', '.join(partly)}: {record.checked[partly[0]]})" if partly else ""
-    lines.append(f"- every timed result was first held to the float64 oracle: o, dq, dk, dv{extent}")
+    lines.append("- every timed result was first held to the float64 oracle: o, dq, dk, dv")
+    extents: dict[str, list[str]] = {}
+    for name, extent in record.checked.items():
+        extents.setdefault(extent, []).append(name)
+    lines += [f"  - {extent}: {', '.join(names)}" for extent, names in extents.items()]
     if machine["device"] == "cpu":
         lines.append("- no GPU was used: nothing here says anything about one")
     return "\n".join(lines)
