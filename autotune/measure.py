@@ -175,7 +175,7 @@ def _inputs(job: Job, batch: int, heads: int, heads_k: int, seqlen_q: int, seqle
 
 def _differentiated(call: Call, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Outputs and gradients of the oracle (float64), or of standard attention in another dtype."""
-    q, k, v = (x.to(dtype).requires_grad_() for x in call[:3])
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in call[:3])
     if dtype == torch.float64:
         o, lse = reference.attention(q, k, v, causal=call.causal, return_lse=True)
     else:

@@ -14,7 +14,8 @@ from .space import Variant, candidates, variants
 from .tables import HEAD_DIMS, KERNELS, Row, Table, kernel_hash
 
 Compile = Callable[[str, str, Variant, Config], Report]
-TRIES = 8  # candidates compiled for a row before the least bad one is taken
+TRIES = 8  # candidates that fit before the least bad one is taken, where nothing promises that none spills
+HOPELESS = 128  # bytes spilled: other numbers of stages will not mend that
 
 
 class Need(NamedTuple):
@@ -42,11 +43,16 @@ def needs(target: str, dtypes: Iterable[str], head_dims: Iterable[int] = HEAD_DI
     for dtype in dtypes:
         if dtype == "float64" and target.startswith("hip:"):  # Triton before 3.9 cannot compile it
             continue
-        for head_dim in sorted(head_dims):
+        for head_dim in sorted(head_dims, key=lambda d: (d > 64, abs(d - 64))):  # small ones often agree with 64
             apart = target.startswith("cuda:") and dtype in ("float16", "bfloat16") and 32 <= head_dim <= 128
             for kernel in KERNELS:
                 for ragged in (False, True) if apart else (None,):
                     yield Need(kernel, dtype, head_dim, ragged)
+
+
+def spill_free(target: str, need: Need) -> bool:
+    """Whether a row is held to spill nothing: half precision and head_dim up to 128 on NVIDIA."""
+    return target.startswith("cuda:") and need.dtype in ("float16", "bfloat16") and need.head_dim <= 128
 
 
 def calls_of(need: Need) -> tuple[Variant, ...]:
@@ -81,7 +87,7 @@ def measure(target: str, need: Need, config: Config, compile: Compile, most: flo
     return Figures(spill_bytes, shared, "")
 
 
-def choose(target: str, need: Need, compile: Compile, first: Iterable[Config] = (), tries: int = TRIES) -> Row | None:
+def choose(target: str, need: Need, compile: Compile, first: Iterable[Config] = ()) -> Row | None:
     """The first candidate that fits and does not spill, else the one that spills least.
 
     Args:
@@ -89,20 +95,24 @@ def choose(target: str, need: Need, compile: Compile, first: Iterable[Config] = 
         need: the row.
         compile: (target, kernel, variant, config) -> Report.
         first: Configs to try before the others.
-        tries: after how many that fit to be content with the least bad.
 
     Returns:
         The row, or None where no candidate compiles and fits.
     """
     best: Row | None = None
     fitting = 0
+    hopeless = set()
     for config in dict.fromkeys((*first, *candidates(target, need.kernel, need.dtype, need.head_dim))):
+        if config[:3] in hopeless:
+            continue
         most = float("inf") if best is None else best.spill_bytes
         figures = measure(target, need, config, compile, most)
         fitting += not figures.fault or figures.fault.startswith("spills")
         if not figures.fault:
             best = Row(*need, None, None, config, figures.shared, figures.spill_bytes)
-        if best is not None and (best.spill_bytes == 0 or fitting >= tries):
+        if figures.spill_bytes > HOPELESS:
+            hopeless.add(config[:3])
+        if best is not None and (best.spill_bytes == 0 or (fitting >= TRIES and not spill_free(target, need))):
             break
     return best
 
@@ -127,10 +137,7 @@ def build_table(
     for need in wanted:
         key = f"{target} {kernel_hash()} {triton} {need}"
         if key not in journal:
-            # neighbours often agree: the other half precision, the next smaller head_dim
-            kin = [row for row in rows if row.kernel == need.kernel and row.ragged == need.ragged]
-            near = [row.config for row in kin if row.head_dim == need.head_dim and _like(row.dtype, need.dtype)]
-            row = choose(target, need, compile, near)
+            row = choose(target, need, compile, [row.config for row in rows if _akin(row, need)])
             journal.write(key, [] if row is None else [row.config, row.shared, row.spill_bytes])
         for config, shared, spill_bytes in [journal[key]] if journal[key] else []:
             rows.append(Row(*need, None, None, Config(*config), shared, spill_bytes))
@@ -140,5 +147,10 @@ def build_table(
     return Table(target, "", triton, kernel_hash(), False, tuple(rows))
 
 
-def _like(a: str, b: str) -> bool:
-    return {a, b} == {"float16", "bfloat16"}
+def _akin(row: Row, need: Need) -> bool:
+    """Whether a row's Config is a good guess: of the other half precision, or of the next larger small head_dim."""
+    if (row.kernel, row.ragged) != (need.kernel, need.ragged):
+        return False
+    if row.head_dim == need.head_dim:
+        return {row.dtype, need.dtype} == {"float16", "bfloat16"}
+    return row.dtype == need.dtype and row.head_dim == 2 * need.head_dim <= 64

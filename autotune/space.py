@@ -80,7 +80,7 @@ def _cost(
         return None
     traffic = 64 / owned
     loop = 16 / walked
-    pressure = max(0.0, registers - 144) / 50
+    pressure = max(0.0, registers - 96) / 40
     latency = 0.1 / num_stages
     return traffic + loop + pressure + latency + num_warps / 64
 
@@ -103,5 +103,5 @@ def variants(kernel: str, dtype: str, head_dim: int, ragged: bool) -> tuple[Vari
     if ragged:
         return tuple(Variant(dtype, RAGGED[head_dim], RAGGED[head_dim], *call) for call in calls)
     dims = (head_dim * 3 // 4, head_dim) if head_dim >= 64 else (head_dim,)
-    found = [Variant(dtype, d, d, *call) for call in calls for d in dims]
+    found = [Variant(dtype, d, d, *call) for call in sorted(calls, reverse=True) for d in dims]
     return (*found, Variant(dtype, head_dim, head_dim, True, raw=False, q_offset=True))
