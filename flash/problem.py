@@ -91,7 +91,7 @@ class Problem:
         scale = check_scale(scale, q.shape[3])
         offset, positions = check_q_offset(q_offset, q, k)
         # a positive scale that float32 holds can wait for the exponent; any other multiplies the score
-        raw = 1e-30 < scale < 1e30
+        raw = True if 1e-30 < scale < 1e30 else False  # a branch, which makes a constant of a symbolic scale
         spec = Spec(causal=causal, raw=raw, precision=precision_of(q))
         return cls(q, k, v, Mods(q_offset=positions), spec, scale, offset, backend, configs, one_head)
 
