@@ -102,7 +102,7 @@ def square(
 def sweep(
     source: str, dtype: str, tokens: int | None, hidden: int, head_dims: tuple[int, ...], seqlens: tuple[int, ...]
 ) -> list[Case]:
-    """Curves over sequence length: every head_dim, causal and full, hidden // head_dim heads, longest sequences first.
+    """Curves over sequence length: every head_dim, causal and full, with hidden // head_dim heads.
 
     Args:
         source: as in Case.
@@ -118,7 +118,7 @@ def sweep(
             source, hidden // head_dim, seqlen, head_dim, causal,
             batch=1 if tokens is None else max(tokens // seqlen, 1), dtype=dtype, series="sweep",
         )
-        for seqlen in sorted(seqlens, reverse=True)
+        for seqlen in seqlens
         for head_dim in head_dims
         for causal in (False, True)
     ]  # fmt: skip
@@ -188,7 +188,8 @@ def cpu() -> list[Case]:
 def memory(device: torch.device) -> list[Case]:
     """Where peak memory is measured on a CPU, a fresh process each: the timed curve, full, and twice as far."""
     curve = sweep(CPU_CURVE, "float32", None, 512, (64,), (256, 512, 1024, 2048, 4096, 8192))
-    return [] if device.type == "cuda" else [case for case in curve if not case.causal]
+    # Longest first: where time runs out, the short ones say least.
+    return [] if device.type == "cuda" else [case for case in reversed(curve) if not case.causal]
 
 
 def quick() -> list[Case]:
