@@ -82,11 +82,31 @@ def strided(place: Place, shape: tuple[int, int, int, int], dtype: torch.dtype) 
 
 
 def far_apart(x: torch.Tensor, axis: str, device: torch.device) -> torch.Tensor:
-    """x with elements of one axis 2^30 apart, so that the third lies past 2^31; memory nobody touches is never real."""
-    far = 2**30 + 2**9
-    strides = {"batch": (far, 1024, 16, 1), "head": (1024, far, 16, 1), "row": (0, 0, far, 1)}[axis]
-    virtual = torch.empty(2 * far + 2**14, dtype=x.dtype, device=device)
-    return virtual.as_strided(x.shape, strides).copy_(x)
+    """x with elements of one axis so far apart that the last lie past 2^31; memory nobody touches is never real.
+
+    For "row" the lanes of one tile are far apart, for "tile" only its start is far from the beginning.
+    """
+    far, near = 2**30 + 2**9, 2**26 + 2**9
+    strides = {"batch": (far, 1024, 16, 1), "head": (1024, far, 16, 1), "row": (0, 0, far, 1), "tile": (0, 0, near, 1)}
+    span = sum((n - 1) * s for n, s in zip(x.shape, strides[axis], strict=True))
+    virtual = torch.empty(span + 1, dtype=x.dtype, device=device)
+    return virtual.as_strided(x.shape, strides[axis]).copy_(x)
+
+
+def far_inputs(place: Place, axis: str) -> Inputs:
+    """Inputs whose tensors `far_apart` can spread along an axis."""
+    sizes = {"batch": (3, 3, 7), "head": (3, 3, 7), "row": (1, 1, 3), "tile": (1, 1, 36)}
+    batch, heads, seqlen = sizes[axis]
+    return random_inputs(
+        place,
+        batch=batch,
+        heads=heads,
+        heads_k=heads,
+        seqlen_q=seqlen,
+        head_dim=16,
+        dtype=torch.bfloat16,
+        causal=True,
+    )
 
 
 def tiles_seen(seqlen_q: int, seqlen_k: int, offset: int, block_m: int, block_n: int) -> int:

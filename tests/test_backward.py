@@ -184,7 +184,8 @@ def test_short_tails_stay_finite(place: Place, seqlen_q: int, seqlen_k: int, fac
 @pytest.mark.parametrize("kind", range(7))
 def test_strides_change_no_bit(place: Place, kind: int) -> None:
     dtype = torch.bfloat16
-    x = random_inputs(place, batch=2, heads=2, heads_k=2, seqlen_q=20, head_dim=24, dtype=dtype, causal=True)
+    sizes = {"batch": 2, "heads": 2, "heads_k": 2, "seqlen_q": 20, "seqlen_k": 50, "head_dim": 24}
+    x = random_inputs(place, **sizes, dtype=dtype, causal=True, q_offset=31)  # full tiles and partial ones
     want = calls.backward(x)
     for name in ("q", "k", "v", "do"):
         t = getattr(x, name)
@@ -199,13 +200,9 @@ def test_expanded_gradients_change_no_bit(place: Place) -> None:
     assert_same(calls.backward(x._replace(do=do, dlse=dlse)), want)
 
 
-@pytest.mark.parametrize("axis", ["batch", "head", "row"])
+@pytest.mark.parametrize("axis", ["batch", "head", "row", "tile"])
 def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device, axis: str) -> None:
-    x = random_inputs(place, batch=3, heads=3, heads_k=3, seqlen_q=20, head_dim=16, dtype=torch.bfloat16, causal=True)
-    if axis == "row":
-        x = Inputs(*(t[:1, :1, :3] for t in x[:4]), x.dlse[:1, :1, :3], x.options)
-    else:
-        x = Inputs(*(t[:, :, :7] for t in x[:4]), x.dlse[:, :, :7], x.options)
+    x = calls.far_inputs(place, axis)
     want = calls.backward(x)
     for name in ("q", "k", "v", "do"):
         far = calls.far_apart(getattr(x, name), axis, device)

@@ -166,7 +166,8 @@ def test_short_tails_stay_finite(place: Place, seqlen_q: int, seqlen_k: int, fac
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", range(7))
 def test_strides_change_no_bit(place: Place, kind: int, dtype: torch.dtype) -> None:
-    x = random_inputs(place, batch=2, heads=2, heads_k=2, seqlen_q=20, head_dim=24, dtype=dtype, causal=True)
+    sizes = {"batch": 2, "heads": 2, "heads_k": 2, "seqlen_q": 20, "seqlen_k": 50, "head_dim": 24}
+    x = random_inputs(place, **sizes, dtype=dtype, causal=True, q_offset=31)  # full tiles and partial ones
     want = calls.forward(x)
     for name in ("q", "k", "v"):
         t = getattr(x, name)
@@ -194,11 +195,9 @@ def test_the_output_is_dense_in_the_querys_axis_order(
     assert got.o.permute(order).is_contiguous() and got.lse.is_contiguous()
 
 
-@pytest.mark.parametrize("axis", ["batch", "head", "row"])
+@pytest.mark.parametrize("axis", ["batch", "head", "row", "tile"])
 def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device, axis: str) -> None:
-    x = random_inputs(place, batch=3, heads=3, heads_k=3, seqlen_q=20, head_dim=16, dtype=torch.bfloat16, causal=True)
-    if axis == "row":
-        x = Inputs(*(t[:1, :1, :3] for t in x[:4]), x.dlse[:1, :1, :3], x.options)
+    x = calls.far_inputs(place, axis)
     want = calls.forward(x)
     for name in ("q", "k", "v"):
         got = calls.forward(x._replace(**{name: calls.far_apart(getattr(x, name), axis, device)}))
