@@ -14,7 +14,7 @@ from .space import Variant, candidates, variants
 from .tables import HEAD_DIMS, KERNELS, Row, Table, kernel_hash
 
 Compile = Callable[[str, str, Variant, Config], Report]
-TRIES = 8  # candidates that fit before the least bad one is taken, where nothing promises that none spills
+TRIES = 4  # candidates that fit before the least bad one is taken, where nothing promises that none spills
 HOPELESS = 128  # bytes spilled: other numbers of stages will not mend that
 
 

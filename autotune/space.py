@@ -75,12 +75,14 @@ def _cost(
     size = ITEMSIZE[dtype]
     # at least this much is held at once: the owned tiles, unless they are in registers, and a walked one per stage
     least = (num_stages - 1) * walked * head_dim * size
-    registers = registers_bound(kernel, size, head_dim, owned, walked, num_warps)
+    registers: float = registers_bound(kernel, size, head_dim, owned, walked, num_warps)
+    if target.startswith("hip:"):  # a warp has 64 lanes, and four of them have twice the registers that eight have
+        registers *= num_warps / 16
     if least > shared_limit(target) or registers > 400:
         return None
     traffic = 64 / owned
     loop = 16 / walked
-    pressure = max(0.0, registers - 96) / 40
+    pressure = max(0.0, registers - 120) / 64
     latency = 0.1 / num_stages
     return traffic + loop + pressure + latency + num_warps / 64
 
@@ -97,11 +99,10 @@ def variants(kernel: str, dtype: str, head_dim: int, ragged: bool) -> tuple[Vari
     Returns:
         Causal and not, one and several query heads per key head; head_dim filling the bucket and padded to it.
     """
-    calls = [(True, 4), (False, 1)]
-    if kernel == "dkdv":  # walks the group
-        calls += [(True, 1), (False, 4)]
     if ragged:
-        return tuple(Variant(dtype, RAGGED[head_dim], RAGGED[head_dim], *call) for call in calls)
-    dims = (head_dim * 3 // 4, head_dim) if head_dim >= 64 else (head_dim,)
-    found = [Variant(dtype, d, d, *call) for call in sorted(calls, reverse=True) for d in dims]
-    return (*found, Variant(dtype, head_dim, head_dim, True, raw=False, q_offset=True))
+        return tuple(Variant(dtype, RAGGED[head_dim], RAGGED[head_dim], *call) for call in ((True, 4), (False, 1)))
+    padded = head_dim * 3 // 4 if head_dim >= 64 else head_dim
+    found = [Variant(dtype, padded, padded, True, 4), Variant(dtype, head_dim, head_dim)]
+    if kernel == "dkdv":  # walks the group
+        found.append(Variant(dtype, head_dim, head_dim, True))
+    return (*found, Variant(dtype, head_dim, head_dim, True, 4, raw=False, q_offset=True))
