@@ -89,7 +89,7 @@ def draw_memory(record: Record, path: Path) -> Path | None:
             axes.set_yscale("log")
             axes.margins(x=0.1, y=0.25)
             mark_missing(axes, record, curve, what)
-            seqlen_axis(axes, [c.seqlen_k for c in curve if (r := record.row(c.name, OURS, what)) and r.peak_outcome])
+            seqlen_axis(axes, [seqlen for seqlen, _ in memory_points(record, curve, OURS, what)])
             axes.set_ylabel("MB a sequence, beyond inputs and outputs")
             first = curve[0]
             mask = "causal" if first.causal else "full"
@@ -101,10 +101,11 @@ def draw_memory(record: Record, path: Path) -> Path | None:
 
 
 def mark_missing(axes: "Axes", record: Record, curve: Sequence[Case], what: str) -> None:
-    """Writes OOM or skipped where standard attention has no memory to show."""
+    """Writes OOM or not measured where ours has memory to show and standard attention has not."""
+    ours = [seqlen for seqlen, _ in memory_points(record, curve, OURS, what)]
     for case in curve:
         row = record.row(case.name, STANDARD, what)
-        if row is not None and row.peak_outcome in ("oom", "skipped"):
+        if case.seqlen_k in ours and row is not None and row.peak_outcome in ("oom", "skipped"):
             text = {"oom": "OOM", "skipped": "not\nmeasured"}[row.peak_outcome]
             axes.annotate(f"standard\n{text}", (case.seqlen_k, 0.97), xycoords=("data", "axes fraction"),
                           ha="center", va="top", fontsize=7, color=COLOURS[STANDARD])  # fmt: skip
