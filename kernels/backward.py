@@ -74,7 +74,7 @@ def dkdv_kernel(
                 p = softmax.probability(s, softmax.closed(lse_row)[None, :], natural, unit, PRECISE)
                 if PARTIAL:
                     i = (row + tl.arange(0, BLOCK_M))[None, :]
-                    keep = score.visible(i, j, offset, sizes.seqlen_k, spec)
+                    keep = score.visible(i, j, offset, sizes, spec)
                     p = tl.where(keep, p, 0.0)
                 do_tile = tile.load(do, b, h, row, sizes.seqlen_q, shape.head_dim_v, BLOCK_M, DV, PARTIAL)
                 if dv is not None:
@@ -129,7 +129,7 @@ def dq_kernel(
             ds = p * (dp - delta_row)
             if PARTIAL:
                 j = (col + tl.arange(0, BLOCK_N))[None, :]
-                ds = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), ds, 0.0)
+                ds = tl.where(score.visible(i, j, offset, sizes, spec), ds, 0.0)
                 k_tile = tile.finite(k_tile)
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=spec.precision, out_dtype=ACC)
 

@@ -51,7 +51,7 @@ def forward_kernel(
             s = score.score(qk, scale, spec)
             if PARTIAL:
                 j = (col + tl.arange(0, BLOCK_N))[None, :]
-                s = tl.where(score.visible(i, j, offset, sizes.seqlen_k, spec), s, float("-inf"))
+                s = tl.where(score.visible(i, j, offset, sizes, spec), s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
             v_tile = tile.load(v, b, h_k, col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
             if PARTIAL:
@@ -65,7 +65,7 @@ def forward_kernel(
             col = score.tile_start(run, t, BLOCK_N, True)
             v_tile = tile.load(v, b, h_k, col, end, shape.head_dim_v, BLOCK_N, DV, True)
             j = (col + tl.arange(0, BLOCK_N))[None, :]
-            keep = score.visible(i, j, offset, sizes.seqlen_k, spec).to(v_tile.dtype)
+            keep = score.visible(i, j, offset, sizes, spec).to(v_tile.dtype)
             found = (tile.finite(v_tile) != v_tile).to(v_tile.dtype)
             seen = tl.dot(keep, found, input_precision=spec.precision, out_dtype=ACC)
             acc = tl.where(seen > 0.0, float("nan"), acc)

@@ -41,9 +41,9 @@ def derivative(total, scale):
 
 
 @triton.jit
-def visible(i, j, offset, seqlen_k, spec: tl.constexpr):
+def visible(i, j, offset, sizes, spec: tl.constexpr):
     """Whether query i sees key j; i and j broadcast against each other in either order."""
-    keep = j < seqlen_k
+    keep = (i < sizes.seqlen_q) & (j < sizes.seqlen_k)
     if spec.causal:
         keep &= j <= i + offset
     return keep

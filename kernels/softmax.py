@@ -44,7 +44,9 @@ def finish(acc, m, l, natural):
 def probability(s, lse, natural, unit, PRECISE: tl.constexpr):
     """exp(s - lse), s in units of score and lse natural; 0 where lse is +inf."""
     if PRECISE:
-        return tl.exp2((s * natural - lse) * (1 / LN2))
+        x = s * natural - lse
+        x = tl.where(x > 0.0, 0.0, x)  # s may round otherwise than in the forward: huge scores would overflow
+        return tl.exp2(x * (1 / LN2))
     else:
         return tl.exp2(s * unit - lse * (1 / LN2))
 
