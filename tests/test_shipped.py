@@ -1,0 +1,64 @@
+"""Every shipped Config compiles for its target and fits it, and spills no more than its table says.
+
+A row's figures are the worst over the calls it is for: causal and not, several query heads per key head, head_dim that
+fills the bucket or is padded to it. They hold for the Triton that the table names; what must not spill, must not with
+any.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from flash.autotune import offline, resources, tables
+from flash.autotune.space import Variant
+
+FOLDER = Path(tables.__file__).parent / "tables"
+SHIPPED = [tables.parse(path.read_bytes()) for path in sorted(FOLDER.glob("*.json"))]
+ROWS = [(table, row) for table in SHIPPED for row in table.rows]
+NAMES = [
+    "-".join([table.target, row.kernel, row.dtype, str(row.head_dim), *(["ragged"] if row.ragged else [])])
+    for table, row in ROWS
+]
+
+
+def need_of(row: tables.Row) -> offline.Need:
+    return offline.Need(*row[:4])
+
+
+def check(table: tables.Table, row: tables.Row, calls: tuple[Variant, ...]) -> None:
+    for call in calls:
+        made = resources.report(table.target, row.kernel, call, row.config)
+        assert made.faults == (), call
+        assert not made.serialized, call
+        if table.triton == tables.triton_version() or offline.spill_free(table.target, need_of(row)):
+            assert made.spill_bytes <= row.spill_bytes, call
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [pytest.param(*each, id=name) for each, name in zip(ROWS, NAMES, strict=True) if each[1].dtype == "bfloat16"],
+)
+def test_bfloat16_row_compiles_fits_and_keeps_its_figures(table: tables.Table, row: tables.Row) -> None:
+    pytest.importorskip("triton")
+    calls = [call for call in offline.calls_of(need_of(row)) if not call.q_offset]
+    check(table, row, tuple({call.causal: call for call in reversed(calls)}.values()))
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "row"), [pytest.param(*each, id=name) for each, name in zip(ROWS, NAMES, strict=True)]
+)
+def test_row_compiles_fits_and_keeps_its_figures_in_every_call(table: tables.Table, row: tables.Row) -> None:
+    pytest.importorskip("triton")
+    check(table, row, offline.calls_of(need_of(row)))
+
+
+def test_half_precision_up_to_head_dim_128_spills_nothing_on_nvidia() -> None:
+    spilling = [
+        name
+        for (table, row), name in zip(ROWS, NAMES, strict=True)
+        if row.spill_bytes and offline.spill_free(table.target, need_of(row))
+    ]
+    assert spilling == []
