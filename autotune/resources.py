@@ -175,9 +175,9 @@ def _specialise(
                     constants[(at, place)] = None
                 else:
                     divisible.append((at, place))
-        elif isinstance(value, (Sizes, str)):
+        elif isinstance(value, str):
             signature[name] = value
-            if isinstance(value, str) and value.startswith("*"):
+            if value.startswith("*"):
                 divisible.append((at,))
         else:
             signature[name] = "constexpr"
@@ -189,7 +189,6 @@ def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
     """What each parameter of the kernels is given: its type, or, of a constant, its value."""
     pointer = POINTERS[variant.dtype]
     acc = "*fp64" if variant.dtype == "float64" else "*fp32"
-    lengths: Any = ("i32",) * 4
     strides: Any = ("i32", "i32", "i32", "constexpr")
     view = View(pointer, *strides)
     dlse = View(acc, *strides) if variant.dlse else None
@@ -201,7 +200,7 @@ def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
         "lse": acc,
         "delta": acc,
         "mods": Mods("*i32" if variant.q_offset else None),
-        "sizes": Sizes(*lengths),
+        **dict.fromkeys(Sizes._fields, "i32"),
         "scale": "fp64",
         "spec": Spec(variant.causal, variant.raw, precision),
         "shape": Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded),

@@ -16,15 +16,17 @@ import triton
 import triton.language as tl
 
 from . import score, softmax, tile
-from .launch import launch, shape_of, sizes_of, view
-from .spec import Configs, Mods, Spec
+from .launch import LENGTHS, launch, shape_of, sizes_of, view
+from .spec import Configs, Mods, Sizes, Spec
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
-    o, do, dlse, delta, sizes, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    o, do, dlse, delta, heads, seqlen_q, seqlen_k, q_offset,
+    shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head."""
+    sizes = Sizes(heads, seqlen_q, seqlen_k, q_offset)
     ACC: tl.constexpr = delta.dtype.element_ty
     block, h, b = tile.locate(tl.cdiv(sizes.seqlen_q, BLOCK_M), sizes.heads)
     row = block * BLOCK_M
@@ -37,15 +39,16 @@ def delta_kernel(
     tl.store(ptrs, total, mask=row + tl.arange(0, BLOCK_M) < sizes.seqlen_q)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=LENGTHS)
 def dkdv_kernel(
-    q, k, v, do, lse, delta, dk, dv, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, lse, delta, dk, dv, mods, heads, seqlen_q, seqlen_k, q_offset, scale: tl.float64,
+    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N keys of one key head and walks the queries that see them, of every head of the group.
 
     Tiles are kept transposed, [BLOCK_N, BLOCK_M]: p^T and ds^T then enter their products from registers.
     """
+    sizes = Sizes(heads, seqlen_q, seqlen_k, q_offset)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
@@ -93,12 +96,13 @@ def dkdv_kernel(
         tile.store(dv, dv_acc, b, h_k, col, sizes.seqlen_k, shape.head_dim_v)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    q, k, v, do, lse, delta, dq, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, lse, delta, dq, mods, heads, seqlen_q, seqlen_k, q_offset, scale: tl.float64,
+    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head and walks the keys they see, as the forward does."""
+    sizes = Sizes(heads, seqlen_q, seqlen_k, q_offset)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
@@ -172,12 +176,12 @@ def backward(
     dlse_view = None if dlse is None else view(dlse.unsqueeze(3))
     # tiles of delta are cut as those of dq: both walk the same rows
     programs = triton.cdiv(seqlen_q, configs.dq.block_m) * heads * batch
-    launch(delta_kernel, programs, q.device, configs.dq, view(o), view(do), dlse_view, delta, sizes, shape)
+    launch(delta_kernel, programs, q.device, configs.dq, view(o), view(do), dlse_view, delta, *sizes, shape)
     inputs = (view(q), view(k), view(v), view(do), lse, delta)
     if dk is not None or dv is not None:
         outputs = (None if dk is None else view(dk), None if dv is None else view(dv))
         blocks = triton.cdiv(seqlen_k, configs.dkdv.block_n) * heads_k * batch
-        launch(dkdv_kernel, blocks, q.device, configs.dkdv, *inputs, *outputs, mods, sizes, scale, spec, shape)
+        launch(dkdv_kernel, blocks, q.device, configs.dkdv, *inputs, *outputs, mods, *sizes, scale, spec, shape)
     if dq is not None:
-        launch(dq_kernel, programs, q.device, configs.dq, *inputs, view(dq), mods, sizes, scale, spec, shape)
+        launch(dq_kernel, programs, q.device, configs.dq, *inputs, view(dq), mods, *sizes, scale, spec, shape)
     return dq, dk, dv

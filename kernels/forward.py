@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 
 from . import score, softmax, tile
-from .launch import launch, shape_of, sizes_of, view
-from .spec import Config, Mods, Spec, dense_like
+from .launch import LENGTHS, launch, shape_of, sizes_of, view
+from .spec import Config, Mods, Sizes, Spec, dense_like
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    q, k, v, o, lse, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, o, lse, mods, heads, seqlen_q, seqlen_k, q_offset, scale: tl.float64,
+    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    sizes = Sizes(heads, seqlen_q, seqlen_k, q_offset)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
@@ -109,6 +110,6 @@ def forward(
     programs = triton.cdiv(seqlen_q, config.block_m) * heads * batch
     launch(
         forward_kernel, programs, q.device, config,
-        view(q), view(k), view(v), view(o), lse, mods, sizes_of(q, k, q_offset), scale, spec, shape_of(q, k, v),
+        view(q), view(k), view(v), view(o), lse, mods, *sizes_of(q, k, q_offset), scale, spec, shape_of(q, k, v),
     )  # fmt: skip
     return o, lse

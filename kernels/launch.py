@@ -9,6 +9,10 @@ from triton.runtime.errors import OutOfResources
 
 from .spec import Config, Shape, Sizes, View
 
+# Lengths are never specialised, so that a new one compiles nothing. They reach a kernel one by one and become a Sizes
+# there, since Triton (3.6 to 3.9) specialises the members of a tuple whatever do_not_specialize says.
+LENGTHS = list(Sizes._fields)
+
 
 def view(x: torch.Tensor) -> View:
     """A 4-D tensor as one kernel argument."""

@@ -45,7 +45,7 @@ class View(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths of a call; never specialised, so a new length compiles nothing."""
+    """Lengths of a call, known when it runs."""
 
     heads: int
     seqlen_q: int
