@@ -41,6 +41,7 @@ class StandIn(DriverBase):
 driver.set_active(StandIn())
 
 from flash.kernels import backward, forward
+from flash.kernels.launch import LENGTHS
 from flash.kernels.spec import Config, Configs, Mods, Spec
 
 config = Config(64, 64, 4, 2)
@@ -61,7 +62,7 @@ more = [call(*lengths)[0] for lengths in ((64, 256, 192), (128, 112, -16), (128,
 scaled, _ = call(128, 128, 0, scale=0.3)
 offset, _ = call(128, 128, 0, q_offset=torch.zeros(2, dtype=torch.int64))
 found = {"counts": counts, "more": more, "scaled": scaled, "offset": offset, "scale": signature["scale"]}
-print(json.dumps(found | {"sizes": list(signature["sizes"]), "q": list(signature["q"])}))
+print(json.dumps(found | {"sizes": [signature[name] for name in LENGTHS], "q": list(signature["q"])}))
 """
 
 
