@@ -11,10 +11,10 @@ from flash.kernels.spec import Config
 from .journal import Journal
 from .resources import Report
 from .space import Variant, candidates, variants
-from .tables import HEAD_DIMS, KERNELS, Row, Table, kernel_hash
+from .tables import HEAD_DIMS, KERNELS, Row, Table, heuristic, kernel_hash
 
 Compile = Callable[[str, str, Variant, Config], Report]
-TRIES = 4  # candidates that fit before the least bad one is taken, where nothing promises that none spills
+TRIES = 2  # candidates that fit before the least bad one is taken, where nothing promises that none spills
 HOPELESS = 128  # bytes spilled: other numbers of stages will not mend that
 
 
@@ -56,9 +56,10 @@ def spill_free(target: str, need: Need) -> bool:
 
 
 def calls_of(need: Need) -> tuple[Variant, ...]:
-    """The calls that a row's Config must compile for."""
+    """The calls that a row must compile for: causal with a group and full; where nothing may spill, all variants."""
     kernel, dtype, head_dim, ragged = need
-    return variants(kernel, dtype, head_dim, bool(ragged))
+    calls = variants(kernel, dtype, head_dim, bool(ragged))
+    return calls if dtype in ("float16", "bfloat16") and head_dim <= 128 else calls[:2]
 
 
 def measure(target: str, need: Need, config: Config, compile: Compile, most: float = float("inf")) -> Figures:
@@ -137,7 +138,8 @@ def build_table(
     for need in wanted:
         key = f"{target} {kernel_hash()} {triton} {need}"
         if key not in journal:
-            row = choose(target, need, compile, [row.config for row in rows if _akin(row, need)])
+            near = [row.config for row in rows if _akin(row, need)]
+            row = choose(target, need, compile, near or [heuristic(target, *need[:3])])
             journal.write(key, [] if row is None else [row.config, row.shared, row.spill_bytes])
         for config, shared, spill_bytes in [journal[key]] if journal[key] else []:
             rows.append(Row(*need, None, None, Config(*config), shared, spill_bytes))

@@ -221,19 +221,21 @@ def heuristic(target: str, kernel: str, dtype: str, head_dim: int) -> Config:
         head_dim: bucket, 16 to 512.
 
     Returns:
-        A Config that fits; the smallest tiles where no bound holds.
+        A Config that fits; the smallest tiles where no bound holds, which a launch then refuses if they do not.
     """
     itemsize = ITEMSIZE[dtype]
+    # tf32x3 keeps each float32 operand as two of half its bits
+    held = 2 * itemsize if dtype == "float32" and target.startswith("cuda:") else itemsize
     for own, walked in ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16)):
         for num_warps in (4, 8):
             if own * 2 < 16 * num_warps:  # a warp of matrix instructions has 16 rows of its own
                 continue
             for num_stages in (2, 1):
-                fits = _shared_bound(kernel, itemsize, head_dim, own, walked, num_stages) <= shared_limit(target)
-                if fits and registers_bound(kernel, itemsize, head_dim, own, walked, num_warps) <= 160:
+                fits = _shared_bound(kernel, held, head_dim, own, walked, num_stages) <= shared_limit(target)
+                if fits and registers_bound(kernel, held, head_dim, own, walked, num_warps) <= 96:
                     block_m, block_n = (walked, own) if kernel == "dkdv" else (own, walked)
                     return Config(block_m, block_n, num_warps, num_stages)
-    return Config(16, 16, 4, 1)
+    return Config(16, 16, 8 if head_dim > 128 else 4, 1)
 
 
 def _shared_bound(kernel: str, itemsize: int, head_dim: int, own: int, walked: int, num_stages: int) -> int:
