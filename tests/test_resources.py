@@ -66,7 +66,8 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -
 def test_every_target_compiles_to_its_own_matrix_instructions(target: str, kind: str) -> None:
     made = resources.report(target, "forward", Variant("float16", 64, 64, True), SMALL, listing=True)
     assert made.target == target and made.faults == ()
-    assert made.loops and all(kind in loop.counts and "exp2" in loop.counts for loop in made.loops)
+    assert made.loops and all(kind in loop.counts for loop in made.loops)
+    assert any("exp2" in loop.counts for loop in made.loops)
     assert (made.hidden is not None) == (target == "cuda:90")
     assert 0 < made.shared <= made.limit and 16 < made.registers <= 512
 

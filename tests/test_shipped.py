@@ -62,3 +62,10 @@ def test_half_precision_up_to_head_dim_128_spills_nothing_on_nvidia() -> None:
         if row.spill_bytes and offline.spill_free(table.target, need_of(row))
     ]
     assert spilling == []
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_every_row_that_must_not_spill_is_shipped(target: str) -> None:
+    wanted = {need for need in offline.needs(target, tables.ITEMSIZE) if offline.spill_free(target, need)}
+    (found,) = ({need_of(row) for row in table.rows} for table in SHIPPED if table.target == target)
+    assert wanted - found == set()
