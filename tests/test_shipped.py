@@ -1,8 +1,7 @@
 """Every shipped Config compiles for its target and fits it, and spills no more than its table says.
 
 A row's figures are the worst over the calls it is for: causal and not, several query heads per key head, head_dim that
-fills the bucket or is padded to it. They hold for the Triton that the table names; what must not spill, must not with
-any.
+fills the bucket or is padded to it. They hold for the Triton that the table names: others allocate registers otherwise.
 """
 
 from pathlib import Path
@@ -30,7 +29,7 @@ def check(table: tables.Table, row: tables.Row, calls: tuple[Variant, ...]) -> N
         made = resources.report(table.target, row.kernel, call, row.config)
         assert made.faults == (), call
         assert not made.serialized, call
-        if table.triton == tables.triton_version() or offline.spill_free(table.target, need_of(row)):
+        if table.triton == tables.triton_version():
             assert made.spill_bytes <= row.spill_bytes, call
 
 
