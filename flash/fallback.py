@@ -24,6 +24,9 @@ from flash.kernels.spec import Mods, Spec
 TILE_BYTES = 2 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 FEW_DIMS = 8  # of v; below, o's rounding to half shows in do . o, and standard attention would be nearer
+# Largest score of a fused call. Over 512 products float32 rounds it by at most 512 * 2**-24 * 1e4 = 0.3, so a weight
+# computed again from lse is off by a third at the very worst; much larger scores would make it anything, inf too.
+MAX_SCORE = 1e4
 ALIGNMENT = 64  # bytes; the CPU's matrix products may round differently for a tensor that starts elsewhere
 
 fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -81,8 +84,9 @@ def forward(
     """
     o = like(q, v.shape[-1]).zero_()
     lse = torch.full(q.shape[:3], float("-inf"), dtype=accumulator_dtype(q), device=q.device)
-    run = forward_fused if fused_serves(q, k, v) else forward_blocks
-    run(Call(q, k, v, mods, spec, scale, q_offset), o, lse)
+    call = Call(q, k, v, mods, spec, scale, q_offset)
+    run = forward_fused if fused_serves(call) else forward_blocks
+    run(call, o, lse)
     return o, lse
 
 
@@ -151,7 +155,7 @@ def backward(
     dq, dk, dv = (like(x, x.shape[-1]).zero_() if need else None for x, need in zip((q, k, v), needs, strict=True))
     grads = dq, dk, dv
     rounded = o.dtype != lse.dtype and o.shape[-1] < FEW_DIMS
-    if dlse is None and not rounded and fused_serves(do, q, k, v, o):
+    if dlse is None and not rounded and fused_serves(call, do, o):
         backward_fused(call, do, o, lse, grads)
     else:
         backward_blocks(call, do, dlse, lse, grads)
@@ -195,7 +199,8 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, gr
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
         do_tile, lse_tile = load_rows(do, tile, accumulator), load_rows(lse.unsqueeze(-1), tile, accumulator)
         p = scores(q_tile, k_tile, tile, scale)
-        p = p.sub_(lse_tile.masked_fill(lse_tile == float("-inf"), 0.0)).exp_()
+        p = p.sub_(lse_tile.masked_fill(lse_tile == float("-inf"), 0.0))
+        p = p.clamp_(max=0.0).exp_()  # s may round otherwise than in the forward: huge scores would overflow
         keep, keep_t = None, None
         if not finite:
             keep = visible(p, tile)
@@ -223,9 +228,15 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, gr
             grad.copy_(total)
 
 
-def fused_serves(*tensors: Tensor) -> bool:
-    """Whether torch's kernels say the same thing: not where a NaN or inf could leak, and not of empty tensors."""
-    return all(x.device.type == "cpu" and x.numel() > 0 and all_finite(x) for x in tensors)
+def fused_serves(call: Call, *others: Tensor) -> bool:
+    """Whether torch's kernels say the same thing: not of empty tensors, nor where a NaN or inf could arise or leak."""
+    if any(x.device.type != "cpu" or x.numel() == 0 for x in call[:3]):
+        return False
+    if call.spec.causal and not call.scale > 1e-30:  # they hide by -inf and then scale: -inf * 0 is NaN
+        return False
+    # |q . k| <= |q| |k|; a NaN or inf in q or k fails the comparison
+    largest = abs(call.scale) * longest(call.q) * longest(call.k)
+    return largest <= MAX_SCORE and all(all_finite(x) for x in (call.v, *others))
 
 
 def parts(call: Call, head_dim: int) -> Iterator[Part]:
@@ -356,3 +367,8 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
 def all_finite(x: Tensor) -> bool:
     """Whether x holds no NaN and no inf; one pass without a temporary, may say False of values near the dtype's end."""
     return bool(torch.isfinite(x.sum(dtype=accumulator_dtype(x))))
+
+
+def longest(x: Tensor) -> float:
+    """The largest norm of a row of x [batch, heads, seqlen, d]; NaN or inf where x is not finite."""
+    return float(torch.linalg.vector_norm(x, dim=-1, dtype=accumulator_dtype(x)).max())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash import fallback
 from flash.kernels.spec import Mods, Spec
-from tests.bounds import Inputs, Outputs, check
+from tests.bounds import Inputs, Outputs, check, oracle
 
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [*HALF, torch.float32, torch.float64]
@@ -42,7 +42,7 @@ def run(x: Inputs, needs: tuple[bool, bool, bool] = (True, True, True)) -> Outpu
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways, and many tiles where the test's lengths would make one."""
     if request.param != "fused":
-        monkeypatch.setattr(fallback, "fused_serves", lambda *tensors: False)
+        monkeypatch.setattr(fallback, "fused_serves", lambda *operands: False)
     if request.param == "small blocks":
         monkeypatch.setattr(fallback, "TILE_BYTES", 4096)
     return request.param
@@ -77,14 +77,37 @@ def test_shared_heads(way: str, heads: tuple[int, int]) -> None:
     check(run(x), x)
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0, 1e6])
-def test_scales(way: str, scale: float) -> None:
-    x = inputs(17, 23, torch.float64, (8, 8), scale=scale)
-    if scale == 1e6:  # weights are 0 or 1 and scores of 1e7 leave few digits to dq and dk
-        got, want = run(x).o, run(Inputs(x.q, x.k, x.v, x.do, None, {"scale": 1e5})).o
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
-    else:
-        check(run(x), x)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [-0.5, -1e-3, 0.0, 5e-324, 1e-38, 1e-20, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scales(way: str, dtype: torch.dtype, scale: float, causal: bool) -> None:
+    x = inputs(17, 23, dtype, (8, 8), scale=scale, causal=causal)
+    check(run(x), x, saturated=scale == 3.0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [1e6, 1e8, -1e8, 1e10])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_scores(way: str, dtype: torch.dtype, scale: float, causal: bool) -> None:
+    """Weights are 0 or 1, and every gradient of a score is 0: no rounding of s may come out as another weight."""
+    x = inputs(33, 65, dtype, (8, 8), scale=scale, causal=causal)
+    eps = max(1e-6, torch.finfo(dtype).eps)
+    for name, got, want in zip(Outputs._fields, run(x), oracle(x), strict=True):
+        torch.testing.assert_close(
+            got.double(), want, rtol=eps, atol=1e-5, msg=lambda line, name=name: f"{name}: {line}"
+        )
+
+
+def test_weights_are_at_most_one() -> None:
+    """Where lse came from scores that rounded otherwise, which is by 1024 among scores of 1e10."""
+    x = inputs(33, 65, torch.float32, (8, 8), scale=1e10)
+    call = Mods(), Spec(), 1e10, 0
+    o, lse = fallback.forward(x.q, x.k, x.v, *call)
+    less = lse.nextafter(torch.tensor(float("-inf")))
+    want = fallback.backward(x.do, None, x.q, x.k, x.v, o, lse, *call, (True, True, True))
+    got = fallback.backward(x.do, None, x.q, x.k, x.v, o, less, *call, (True, True, True))
+    for grad, grad_want in zip(got, want, strict=True):
+        assert torch.equal(grad, grad_want)
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0)])
@@ -206,7 +229,7 @@ def peak():
 def call(seqlen):
     q, k, v, do = torch.randn(4, 1, 4, seqlen, 16).unbind()
     if sys.argv[2] == "blocks":
-        fallback.fused_serves = lambda *tensors: False
+        fallback.fused_serves = lambda *operands: False
     o, lse = fallback.forward(q, k, v, Mods(), Spec(), 0.25, 0)
     fallback.backward(do, None, q, k, v, o, lse, Mods(), Spec(), 0.25, 0, (True, True, True))
 call(64)
