@@ -10,6 +10,9 @@ Block-wise: everything else. A tile is some query rows against all the keys that
 softmax needs no running maximum, and few enough that the scores stay within `TILE_BYTES` at every length (Rabe & Staats
 2021, arXiv 2112.05682). The backward pass computes the weights again from lse (Dao et al. 2022, arXiv 2205.14135,
 algorithm 4).
+
+What is not finite in v, do, q or k reaches no row that cannot see it, and of the rows that see it a causal call makes
+NaN, also where the sum would be inf.
 """
 
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash.kernels.spec import Mods, Spec
+from flash.kernels.spec import Mods, Spec, dense_like
 
 TILE_BYTES = 2 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -82,7 +85,7 @@ def forward(
         o [batch, heads, seqlen_q, head_dim_v] in q's dtype and order in memory, and lse [batch, heads, seqlen_q],
         natural logarithm, float32 (float64 for float64).
     """
-    o = like(q, v.shape[-1]).zero_()
+    o = dense_like(q, v.shape[-1]).zero_()
     lse = torch.full(q.shape[:3], float("-inf"), dtype=accumulator_dtype(q), device=q.device)
     call = Call(q, k, v, mods, spec, scale, q_offset)
     run = forward_fused if fused_serves(call) else forward_blocks
@@ -152,7 +155,7 @@ def backward(
         dq, dk, dv in the shape, dtype and order in memory of q, k, v.
     """
     call = Call(q, k, v, mods, spec, scale, q_offset)
-    dq, dk, dv = (like(x, x.shape[-1]).zero_() if need else None for x, need in zip((q, k, v), needs, strict=True))
+    dq, dk, dv = (torch.zeros_like(x) if need else None for x, need in zip((q, k, v), needs, strict=True))
     grads = dq, dk, dv
     rounded = o.dtype != lse.dtype and o.shape[-1] < FEW_DIMS
     if dlse is None and not rounded and fused_serves(call, do, o):
@@ -348,15 +351,6 @@ def load_keys(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
 def store_rows(x: Tensor, tile: Tile, value: Tensor) -> None:
     """value [heads_k, group * rows, d] into x [batch, heads, seqlen_q, d]."""
     x[tile.b, tile.heads, tile.rows] = value.reshape(tile.heads.stop - tile.heads.start, -1, x.shape[-1]).to(x.dtype)
-
-
-def like(q: Tensor, head_dim: int) -> Tensor:
-    """An empty tensor of q's shape but for the last axis, dense, its axes in the order that q's have in memory."""
-    shape = (*q.shape[:-1], head_dim)
-    strides = [stride if stride else q.numel() for stride in q.stride()]  # an expanded axis goes outermost
-    order = sorted(range(q.dim()), key=lambda axis: -strides[axis])
-    dense = torch.empty([shape[axis] for axis in order], dtype=q.dtype, device=q.device)
-    return dense.permute([order.index(axis) for axis in range(q.dim())])
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash import fallback
-from flash.kernels.spec import Mods, Spec
+from flash.kernels.spec import Mods, Spec, dense_like
 from tests.bounds import Inputs, Outputs, check, oracle
 
 HALF = [torch.float16, torch.bfloat16]
@@ -193,6 +193,36 @@ def test_output_keeps_the_order_of_axes(way: str) -> None:
     for t in (got.o, got.dq, got.dk, got.dv):
         assert t.transpose(1, 2).is_contiguous()
     assert got.lse.is_contiguous() and run(x).o.is_contiguous()
+
+
+@pytest.mark.parametrize("head_dim_v", [8, 6])
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((2, 4, 16, 8), (128, 0, 8, 1)),
+        ((2, 4, 16, 8), (0, 0, 8, 1)),
+        ((2, 4, 16, 8), (0, 0, 0, 0)),
+        ((2, 4, 16, 8), (512, 128, 1, 0)),
+        ((2, 4, 16, 8), (128, 128, 8, 1)),
+        ((1, 4, 16, 8), (128, 128, 8, 1)),
+        ((2, 1, 16, 8), (128, 1, 8, 1)),
+        ((2, 4, 1, 8), (8, 16, 1, 1)),
+        ((2, 4, 16, 8), (512, 8, 32, 1)),
+        ((2, 4, 16, 8), (512, 128, 1, 16)),
+        ((2, 4, 16, 8), (1, 2, 8, 128)),
+    ],
+    ids=str,
+)
+def test_strides_are_those_of_the_fakes(
+    way: str, shape: tuple[int, ...], strides: tuple[int, ...], head_dim_v: int
+) -> None:
+    """What flash/autograd.py promises torch.compile."""
+    q, v = torch.randn(1024).as_strided(shape, strides), torch.randn(1024).as_strided((*shape[:3], head_dim_v), strides)
+    do = torch.randn(*shape[:3], head_dim_v)
+    got = run(Inputs(q, q, v, do))
+    wants = dense_like(q, head_dim_v), torch.empty(shape[:3]), *(torch.empty_like(x) for x in (q, q, v))
+    for t, want in zip(got, wants, strict=True):
+        assert t.stride() == want.stride() and t.storage_offset() == 0
 
 
 def test_only_asked_for_gradients() -> None:
