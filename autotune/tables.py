@@ -184,6 +184,29 @@ def _choose(target: str, call: Call, seqlen: int, gpu: str | None) -> Choice:
     return Choice(heuristic(target, kernel, dtype, head_dim), reason)
 
 
+# Bytes of shared memory that 16 x 16 tiles of the hungriest kernel, dkdv, take on NVIDIA by dtype and head_dim bucket,
+# where that is more than some GPU has; tests/test_shipped.py compares them with what the compiler says
+SMALLEST = {("float32", 512): 196608, ("float64", 256): 165888, ("float64", 512): 329728}
+
+
+def too_wide(target: str, dtype: str, head_dim: int) -> str | None:
+    """Why no tile of a head dimension fits a target, or None where one does.
+
+    Args:
+        target: "cuda:90", "hip:gfx942".
+        dtype: name of a floating dtype.
+        head_dim: the larger of head_dim and head_dim_v, 1 to 512.
+
+    Returns:
+        The reason in words, or None.
+    """
+    bucket = next(d for d in HEAD_DIMS if d >= head_dim)
+    needed, limit = SMALLEST.get((dtype, bucket), 0), shared_limit(target)
+    if needed <= limit or not target.startswith("cuda:"):
+        return None
+    return f"its smallest tiles take {needed // KiB} KiB of shared memory, {target} has {limit // KiB}"
+
+
 def _length_bucket(seqlen: int) -> int:
     return next((n for n in SEQLENS if n >= seqlen), SEQLENS[-1])
 

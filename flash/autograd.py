@@ -174,6 +174,9 @@ class Attention(torch.autograd.Function):
 def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem: through autograd where an input asks for a gradient, through the raw op elsewhere."""
     q, k, v = problem.q, problem.k, problem.v
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (q, k, v)):
+            raise NotImplementedError("torch.func transforms are not served yet; use backward() or torch.autograd.grad")
     operands, *call = call_of(problem)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         o, lse = Attention.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]

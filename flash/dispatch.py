@@ -8,7 +8,6 @@
 """
 
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,22 +17,36 @@ from . import fallback
 from ._version import __version__
 from .autotune import tables
 from .kernels.spec import Configs, Mods, Spec
-from .problem import KERNELS, MAX_HEAD_DIM, Problem, name_of
+from .problem import KERNELS, MAX_HEAD_DIM, Problem, check_flag, name_of
 
+PREFERENCE = ("hopper", "triton", "torch")
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @lru_cache(maxsize=1)
-def triton_version() -> tuple[int, int] | None:
-    """Triton's (major, minor), or None where it cannot be imported."""
-    if find_spec("triton") is None:
-        return None
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
-        import triton
+def triton_version() -> str:
+    """Triton's version, or "" where it is not installed.
 
-        major, minor = triton.__version__.split(".")[:2]
+    Raises:
+        ImportError: it is installed and cannot be imported.
+    """
+    if find_spec("triton") is None:
+        return ""
+    import triton
+
+    return str(triton.__version__)
+
+
+@lru_cache(maxsize=1)
+def triton_release() -> tuple[int, int] | str:
+    """Triton's (major, minor), or why there is none."""
+    try:
+        found = triton_version()
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    if not found:
+        return "Triton is not installed (it exists for Linux only)"
+    major, minor = found.split(".")[:2]
     return int(major), int(minor)
 
 
@@ -72,11 +85,17 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{major}{minor}"
 
 
+@lru_cache(maxsize=64)
+def gpu_of(device: torch.device) -> str | None:
+    """The name of a GPU, as a sweep on it writes it into its table; None for other devices."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels do not serve a device and dtype, or None where they do."""
-    release = triton_version()
-    if release is None:
-        return "Triton is not installed (it exists for Linux only)"
+    release = triton_release()
+    if isinstance(release, str):
+        return release
     if release < (3, 6):
         return f"Triton 3.6 or newer is needed, got {release[0]}.{release[1]}"
     if device.type == "cpu":
@@ -96,28 +115,42 @@ def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """For each backend, in order of preference, why it does not serve a device and dtype, or None where it does."""
-    return {"hopper": "not built yet", "triton": triton_refuses(device, dtype), "torch": None}
+def refusal(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a backend does not serve a device, dtype and head dimension, or None where it does."""
+    if backend == "hopper":
+        return "not built yet"
+    if backend == "torch":
+        return None
+    return triton_refuses(device, dtype) or too_wide(device, dtype, head_dim)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves a call.
+def too_wide(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why no tile of a head dimension fits a device's shared memory, or None where one does."""
+    return None if device.type != "cuda" else tables.too_wide(target_of(device), name_of(dtype), head_dim)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
+    """The backend that serves a call whose larger head dimension is head_dim.
 
     Raises:
         NotImplementedError: the backend asked for by name does not serve it.
     """
-    reasons = refusals(device, dtype)
     if backend == "auto":
         # the interpreter is for tests: CPU tensors go there only when asked
-        skipped = ("triton",) if device.type == "cpu" else ()
-        return next(name for name, reason in reasons.items() if reason is None and name not in skipped)
-    if reasons[backend] is not None:
+        order = ("torch",) if device.type == "cpu" else PREFERENCE
+        return next(name for name in order if refusal(name, device, dtype, head_dim) is None)
+    if reason := refusal(backend, device, dtype, head_dim):
         raise NotImplementedError(
-            f"backend {backend!r} does not serve {name_of(dtype)} on {device}: {reasons[backend]}; "
-            f"use backend='auto', which takes {choose('auto', device, dtype)!r}"
+            f"backend {backend!r} does not serve {name_of(dtype)} with head_dim {head_dim} on {device}: {reason}; "
+            f"use backend='auto', which takes {choose('auto', device, dtype, head_dim)!r}"
         )
     return backend
+
+
+def chosen(problem: Problem) -> str:
+    """The backend that serves a Problem."""
+    q, v = problem.q, problem.v
+    return choose(problem.backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
 
 
 def tuned(problem: Problem, kernel: str) -> tables.Choice:
@@ -125,16 +158,17 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
     given = problem.configs[KERNELS.index(kernel)]
     if given is not None:
         return tables.Choice(given, "given by the caller")
-    q, v = problem.q, problem.v
-    head_dim, seqlen = max(q.shape[3], v.shape[3]), problem.k.shape[2]
-    return tables.lookup(target_of(q.device), kernel, name_of(q.dtype), head_dim, seqlen, problem.spec.causal)
+    q, k, v = problem.q, problem.k, problem.v
+    head_dim, seqlen = max(q.shape[3], v.shape[3]), max(q.shape[2], k.shape[2])
+    call = (kernel, name_of(q.dtype), head_dim, seqlen, problem.spec.causal)
+    return tables.lookup(target_of(q.device), *call, gpu=gpu_of(q.device))
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem from the backend that serves it."""
     p = problem
     call = (p.q, p.k, p.v, p.mods, p.spec, p.scale, p.q_offset)
-    if choose(p.backend, p.q.device, p.q.dtype) == "torch":
+    if chosen(p) == "torch":
         return fallback.forward(*call)
     from .kernels import forward as kernels
 
@@ -152,7 +186,7 @@ def backward(
     """The wanted gradients of q, k and v from the backend that serves a Problem."""
     p = problem
     call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.q_offset)
-    if choose(p.backend, p.q.device, p.q.dtype) == "torch":
+    if chosen(p) == "torch":
         return fallback.backward(*call, needs)
     from .kernels import backward as kernels
 
@@ -172,27 +206,37 @@ def info(
         **keywords: the call's other keywords.
 
     Returns:
-        version, torch, triton (versions), device, head_dim (the range served), backends {name: "served" or why not, for
-        the dtype of q or float16} and, with q, backend (the one that would run) and configs {kernel: {config, reason}},
-        empty for the torch backend, which has no tiles.
+        version, torch, triton (versions, "" for a Triton that is not there), device, device_name, head_dim (the range
+        served), backends {name: "served" or why not, for q's dtype and head_dim or float16 and 64}, backend (the one
+        that would run) and, with q, configs {kernel: {config, reason}}, empty for the torch backend, without tiles.
+
+    Raises:
+        ValueError: as the call itself would, or a part of a call came without q.
+        NotImplementedError: as the call itself would.
     """
-    device = q.device if q is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if q is None else q.dtype
-    found: dict[str, Any] = {
-        "version": __version__,
-        "torch": torch.__version__,
-        "triton": None if triton_version() is None else version("triton"),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "head_dim": f"1 to {MAX_HEAD_DIM}",
-        "backends": {name: reason or "served" for name, reason in refusals(device, dtype).items()},
-    }
-    if q is not None:
+    if q is None:
+        if k is not None or v is not None or keywords:
+            raise ValueError("q must be given where any other argument of a call is")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype, head_dim = torch.float16, 64
+        backend, configs = choose("auto", device, dtype), {}
+    else:
+        check_flag("return_lse", keywords.pop("return_lse", False))
         k = q if k is None else k
         problem = Problem.of(q, k, k if v is None else v, **keywords)
-        found["backend"] = choose(problem.backend, problem.q.device, problem.q.dtype)
-        choices = {} if found["backend"] == "torch" else {kernel: tuned(problem, kernel) for kernel in KERNELS}
-        found["configs"] = {kernel: choice._asdict() for kernel, choice in choices.items()}
-    else:
-        found["backend"] = choose("auto", device, dtype)
-    return found
+        device, dtype, head_dim = problem.q.device, problem.q.dtype, max(problem.q.shape[3], problem.v.shape[3])
+        backend = chosen(problem)
+        choices = {} if backend == "torch" else {kernel: tuned(problem, kernel) for kernel in KERNELS}
+        configs = {"configs": {kernel: choice._asdict() for kernel, choice in choices.items()}}
+    release = triton_release()
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "triton": "" if isinstance(release, str) else triton_version(),
+        "device": str(device),
+        "device_name": gpu_of(device) or device.type,
+        "head_dim": f"1 to {MAX_HEAD_DIM}",
+        "backends": {name: refusal(name, device, dtype, head_dim) or "served" for name in PREFERENCE},
+        "backend": backend,
+        **configs,
+    }

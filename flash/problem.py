@@ -18,7 +18,7 @@ BACKENDS = ("auto", "triton", "hopper", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNELS = ("forward", "dkdv", "dq")
 MAX_HEAD_DIM = 512
-MAX_SEQLEN = 2**30  # positions and their sums with an offset stay within 32 bits
+MAX_SEQLEN = 2**30 - 2**9  # a position, an offset and a tile together stay within 32 bits
 LATER = ("window", "mask", "bias", "alibi_slopes", "softcap", "sinks", "score_mod", "mask_mod", "block_mask")
 
 ConfigLike = Config | Mapping[str, Config] | None
@@ -74,9 +74,12 @@ class Problem:
             ValueError: an argument is wrong.
             NotImplementedError: an argument asks for what is not served yet.
         """
-        for name in LATER:
-            if later.get(name) is not None:
+        for name, value in later.items():
+            if name not in LATER:
+                raise TypeError(f"flash_attention has no keyword {name!r}")
+            if value is not None:
                 raise NotImplementedError(f"{name} is not served yet on any backend; leave it out")
+        q, k, v = autocast(q, k, v)
         one_head = check_tensors(q, k, v)
         check_dropout(dropout_p)
         check_flag("causal", causal)
@@ -87,7 +90,6 @@ class Problem:
         configs = check_config(config)
         if one_head:
             q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-        q, k, v = autocast(q, k, v)
         scale = check_scale(scale, q.shape[3])
         offset, positions = check_q_offset(q_offset, q, k)
         # a positive scale that float32 holds can wait for the exponent; any other multiplies the score
@@ -99,8 +101,6 @@ class Problem:
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Check ranks, dtypes, devices and shapes of q, k and v; whether they came without an axis of heads."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.is_nested:
             raise NotImplementedError(f"{name} is a nested tensor, which is not served yet; pad it to a dense one")
         if x.layout != torch.strided:
@@ -157,9 +157,12 @@ def check_scale(scale: object, head_dim: int) -> float:
     """The scale as a finite float, head_dim ** -0.5 by default."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < math.inf:
         raise ValueError(f"scale must be a finite float or None, got {scale!r}")
-    return float(scale)
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError(f"scale must be a finite float or None, got an int of {len(str(scale))} digits") from None
 
 
 def check_q_offset(
@@ -198,20 +201,22 @@ def check_config(config: ConfigLike) -> tuple[Config | None, Config | None, Conf
             "num_stages": tuple(range(1, 9)),
         }
         for field, allowed in limits.items():
-            if (got := getattr(value, field)) not in allowed:
+            got = getattr(value, field)
+            if type(got) is not int or got not in allowed:
                 raise ValueError(f"config[{name!r}].{field} must be one of {allowed}, got {got!r}")
     return given.get("forward"), given.get("dkdv"), given.get("dq")
 
 
-def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """q, k and v in autocast's dtype where it is on; float64 stays, as in scaled_dot_product_attention."""
-    device = q.device.type
-    if q.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return q, k, v
-    if not torch.is_autocast_enabled(device):
-        return q, k, v
+    for name, x in zip("qkv", tensors, strict=True):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def precision_of(q: torch.Tensor) -> str:

@@ -7,8 +7,8 @@
 
 The gradient of lse needs no kernel of its own: d lse_i / d s_ij = p_ij, so it joins delta.
 
-Where queries of a tile see different keys, what is not finite in q or k is left out of the products with ds: pairs
-that see it have a NaN in ds already, and the others must not get one from 0 * NaN.
+Where queries of a tile see different keys, what is not finite in q, k or do is left out of the products: pairs that
+see it have a NaN in ds already, or get one in p, and the others must not get one from 0 * NaN.
 """
 
 import torch
@@ -81,7 +81,14 @@ def dkdv_kernel(
                     p = tl.where(keep, p, 0.0)
                 do_tile = tile.load(do, b, h, row, sizes.seqlen_q, shape.head_dim_v, BLOCK_M, DV, PARTIAL)
                 if dv is not None:
-                    dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=spec.precision, out_dtype=ACC)
+                    weights, values = p, do_tile
+                    if PARTIAL:
+                        values = tile.finite(do_tile)
+                        strange = tl.max((values != do_tile).to(tl.int32), 1) != 0
+                        weights = tl.where(keep & strange[None, :], float("nan"), p)
+                    dv_acc = tl.dot(
+                        weights.to(values.dtype), values, dv_acc, input_precision=spec.precision, out_dtype=ACC
+                    )
                 if dk is not None:
                     dp = tl.dot(v_tile, do_tile.T, input_precision=spec.precision, out_dtype=ACC)
                     ds = p * (dp - tile.load_rows(delta, sizes, b, h, row, 0.0, BLOCK_M, PARTIAL)[None, :])

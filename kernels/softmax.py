@@ -42,13 +42,15 @@ def finish(acc, m, l, natural):
 
 @triton.jit
 def probability(s, lse, natural, unit, PRECISE: tl.constexpr):
-    """exp(s - lse), s in units of score and lse natural; 0 where lse is +inf."""
+    """exp(s - lse), s in units of score and lse natural; 0 where lse is +inf.
+
+    s may round otherwise than in the forward. Among huge scores that is a large difference, so p is held to at most 1.
+    """
     if PRECISE:
-        x = s * natural - lse
-        x = tl.where(x > 0.0, 0.0, x)  # s may round otherwise than in the forward: huge scores would overflow
-        return tl.exp2(x * (1 / LN2))
+        x = (s * natural - lse) * (1 / LN2)
     else:
-        return tl.exp2(s * unit - lse * (1 / LN2))
+        x = s * unit - lse * (1 / LN2)
+    return tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -7,8 +7,8 @@ moves one address and not a tile of them.
 import triton
 import triton.language as tl
 
-# beyond any length: causal reads the same for all offsets past it, and i + q_offset stays within 32 bits
-FARTHEST: tl.constexpr = tl.constexpr(2**30)
+# beyond any length: causal reads the same for all offsets past it, and a tile's end + q_offset stays within 32 bits
+FARTHEST: tl.constexpr = tl.constexpr(2**30 - 2**9)
 
 
 @triton.jit

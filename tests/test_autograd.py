@@ -115,6 +115,13 @@ def test_torch_func_is_right_or_raises(transform: Callable[..., Any]) -> None:
     assert_close(found, transform(standard, q))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
+def test_torch_func_says_that_it_is_not_served_yet(transform: Callable[..., Any]) -> None:
+    q, _, _ = qkv(grad=False)
+    with pytest.raises(NotImplementedError, match="torch.func transforms are not served yet"):
+        transform(lambda x: flash_attention(x, x, x).sum())(q[None] if transform is torch.func.vmap else q)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_has_no_graph_break_and_the_same_values(dynamic: bool) -> None:
     def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -133,7 +140,17 @@ def permuted(x: torch.Tensor) -> torch.Tensor:
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@pytest.mark.parametrize("layout", [torch.Tensor.detach, permuted, lambda x: x.detach()[:, :, ::2]])
+LAYOUTS = {
+    "dense": torch.Tensor.detach,
+    "permuted": permuted,
+    "every other row": lambda x: x.detach()[:, :, ::2],
+    "expanded heads": lambda x: x.detach()[:, :1].expand(x.shape),
+    "expanded batch": lambda x: x.detach()[:1].expand(x.shape),
+    "one head": lambda x: x.detach()[:, :1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_opcheck_passes_whatever_the_strides(layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
     q, k, v = (layout(x) for x in qkv())
     operands, *call = call_of(Problem.of(q, k, v, causal=True))

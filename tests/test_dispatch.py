@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ def test_auto_on_a_cpu_is_the_torch_backend() -> None:
 
 @pytest.mark.parametrize("device", [CPU, torch.device("mps"), torch.device("xpu"), GPU])
 def test_the_torch_backend_serves_every_device(device: torch.device) -> None:
-    assert dispatch.refusals(device, torch.float32)["torch"] is None
+    assert dispatch.refusal("torch", device, torch.float32, 64) is None
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("meta")])
 def test_hopper_asked_for_by_name_raises_and_names_what_works(device: torch.device) -> None:
-    with pytest.raises(NotImplementedError, match="'hopper' does not serve float32 .* use backend='auto'.* 'torch'"):
+    with pytest.raises(
+        NotImplementedError, match="'hopper' does not serve float32 with head_dim 64 .* use backend='auto'.* 'torch'"
+    ):
         dispatch.choose("hopper", device, torch.float32)
     q = torch.randn(1, 1, 3, 4)
     with pytest.raises(NotImplementedError, match="not built yet"):
@@ -68,7 +71,8 @@ def test_the_repaired_interpreter_is_trusted() -> None:
 @pytest.mark.parametrize(
     "release, hip, capability, dtype, reason",
     [
-        (None, None, (9, 0), torch.float16, "Triton is not installed"),
+        ("Triton is not installed", None, (9, 0), torch.float16, "Triton is not installed"),
+        ("Triton cannot be imported: no libcuda", None, (9, 0), torch.float16, "no libcuda"),
         ((3, 5), None, (9, 0), torch.float16, "Triton 3.6 or newer"),
         ((3, 7), None, (7, 5), torch.bfloat16, "compute capability 8.0"),
         ((3, 7), None, (7, 5), torch.float16, None),
@@ -80,14 +84,15 @@ def test_the_repaired_interpreter_is_trusted() -> None:
 )
 def test_a_gpu_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
-    release: tuple[int, int] | None,
+    release: tuple[int, int] | str,
     hip: str | None,
     capability: tuple[int, int],
     dtype: torch.dtype,
     reason: str | None,
 ) -> None:
-    monkeypatch.setattr(dispatch, "triton_version", lambda: release)
+    monkeypatch.setattr(dispatch, "triton_release", lambda: release)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "too_wide", lambda *call: None)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = dispatch.triton_refuses(GPU, dtype)
@@ -167,6 +172,60 @@ def test_a_config_that_does_not_fit_the_machine_is_a_value_error(monkeypatch: py
 
     with pytest.raises(ValueError, match="config must fit cpu, got Config.block_m=256.* for forward_kernel: .*400000"):
         launch(Kernel(), 1, CPU, flash.Config(256, 256, 8, 4))
+
+
+def test_info_refuses_what_the_call_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with pytest.raises(TypeError, match="no keyword 'casual'"):
+        flash.info(q, casual=True)
+    with pytest.raises(ValueError, match="return_lse must be True or False, got 'x'"):
+        flash.info(q, return_lse="x")
+    with pytest.raises(ValueError, match="q must be given"):
+        flash.info(causal=True)
+    with pytest.raises(ValueError, match="q must be a torch.Tensor, got list"):
+        flash.info([1])  # type: ignore[arg-type]
+
+
+@pytest.mark.interpret(gpu=False)
+def test_a_table_that_a_sweep_wrote_is_what_calls_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = flash.Config(64, 32, 8, 2)
+    monkeypatch.setattr(dispatch, "target_of", lambda device: "cuda:90")
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: "Some GPU")
+    row = tables.Row("forward", "float16", 64, None, None, None, mine, 1024, 0, 1.0)
+    table = tables.Table("cuda:90", "Some GPU", "3.7.1", tables.kernel_hash(), True, (row,))
+    monkeypatch.setattr(tables, "user_table", lambda target, gpu: table if gpu == "Some GPU" else None)
+    tables._choose.cache_clear()
+    q = torch.randn(1, 2, 4000, 64, dtype=torch.float16)
+    found = flash.info(q, q[:, :, :16], backend="triton")["configs"]
+    assert found["forward"] == {"config": mine, "reason": "timed on this machine's Some GPU"}
+    assert "Some GPU" not in found["dq"]["reason"]
+    tables._choose.cache_clear()
+
+
+def test_a_head_too_wide_for_a_gpu_goes_to_torch_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_refuses", lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "target_of", lambda device: "cuda:90")
+    assert dispatch.choose("auto", GPU, torch.float64, 512) == "torch"
+    assert dispatch.choose("auto", GPU, torch.float64, 128) == "triton"
+    assert dispatch.choose("auto", GPU, torch.bfloat16, 512) == "triton"
+    with pytest.raises(NotImplementedError, match="KiB of shared memory, cuda:90 has 227.* takes 'torch'"):
+        dispatch.choose("triton", GPU, torch.float64, 512)
+
+
+def test_a_triton_that_cannot_be_imported_leaves_the_torch_backend(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text('raise ImportError("libcuda.so.1 is missing")')
+    code = """
+import json, torch, flash
+q = torch.randn(1, 2, 5, 8)
+flash.flash_attention(q, q, q)
+print(json.dumps(flash.info()["backends"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:."}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "libcuda.so.1 is missing" in json.loads(done.stdout)["triton"]
 
 
 def test_python_m_flash_prints_it() -> None:

@@ -62,6 +62,7 @@ WRONG_KEYWORDS = {
     "scale must be a finite float or None, got inf": {"scale": math.inf},
     "scale must be a finite float or None, got '1'": {"scale": "1"},
     "scale must be a finite float or None, got True": {"scale": True},
+    "scale must be a finite float or None, got an int of 401 digits": {"scale": 10**400},
     r"dropout_p must be a number in \[0, 1\), got 1.0": {"dropout_p": 1.0},
     r"dropout_p must be a number in \[0, 1\), got -0.1": {"dropout_p": -0.1},
     r"dropout_p must be a number in \[0, 1\), got nan": {"dropout_p": math.nan},
@@ -79,6 +80,8 @@ WRONG_KEYWORDS = {
     "config must have keys among forward, dkdv, dq, got 'backward'": {"config": {"backward": flash.Config(64, 64)}},
     r"config\['dq'\] must be a flash.Config, got \(64, 64\)": {"config": {"dq": (64, 64)}},
     r"config\['forward'\].block_m must be one of .*, got 48": {"config": flash.Config(48, 64)},
+    r"config\['forward'\].block_m must be one of .*, got 16.0": {"config": flash.Config(16.0, 16)},  # type: ignore[arg-type]
+    r"config\['forward'\].num_warps must be one of .*, got True": {"config": flash.Config(16, 16, True)},
     r"config\['dkdv'\].block_n must be one of .*, got 512": {"config": {"dkdv": flash.Config(64, 512)}},
     r"config\['forward'\].num_warps must be one of .*, got 3": {"config": flash.Config(64, 64, num_warps=3)},
     r"config\['forward'\].num_stages must be one of .*, got 0": {"config": flash.Config(64, 64, num_stages=0)},
@@ -160,6 +163,7 @@ def test_autocast_casts_q_k_and_v_but_not_float64() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert flash_attention(q, k, v).dtype == torch.bfloat16
         assert flash_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        assert flash_attention(q.bfloat16(), k, v.half()).dtype == torch.bfloat16
     assert flash_attention(q, k, v).dtype == torch.float32
 
 
