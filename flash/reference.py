@@ -4,7 +4,7 @@ Tests and the bench compare with it; nothing that ships imports it. It is writte
 know about which number a query and a key share, `attention` about what becomes of it.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,9 +39,32 @@ def contract_head_dim(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
 def contract_keys(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """sum_j p_ij v_j over the visible j."""
     if torch.isfinite(p).all() and torch.isfinite(v).all():
-        return p @ v
+        return FiniteProduct.apply(p, v, visible)  # type: ignore[no-untyped-call, no-any-return]
     pair = visible[..., None]
     return (p[..., None].where(pair, 0.0) * v[:, :, None, :, :].where(pair, 0.0)).sum(-2)
+
+
+class FiniteProduct(torch.autograd.Function):
+    """p @ v, its gradient for v summed over visible pairs only: a NaN in do would reach hidden keys as 0 * NaN."""
+
+    @staticmethod
+    def forward(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        return p @ v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, v, visible = ctx.saved_tensors
+        return do @ v.mT, contract_keys(p.mT, do, visible.mT), None
+
+    @staticmethod
+    def jvp(ctx: Any, dp: Tensor, dv: Tensor, _: None) -> Tensor:
+        p, v, _ = ctx.saved_tensors
+        return dp @ v + p @ dv
 
 
 @overload
@@ -88,7 +111,8 @@ def attention(
         dk_j  = scale * sum_i ds_ij q_i
 
     A query that sees no key has o = 0, lse = -inf and gradients of zero. Sums run over visible pairs only, so a NaN in
-    a hidden key or value reaches nobody, and one in a query reaches its own row and the gradients of the keys it sees.
+    a hidden key or value reaches nobody, and one in a query or in do reaches its own row and the gradients of the keys
+    it sees.
 
     Args:
         q: [batch, heads, seqlen_q, head_dim], any float dtype; upcast to float64.

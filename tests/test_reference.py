@@ -58,7 +58,7 @@ def test_gradcheck(q_offset: int) -> None:
         o, lse = attention(*args, causal=True, q_offset=q_offset, return_lse=True)
         return o, lse.masked_fill(lse.isinf(), 0.0)
 
-    assert torch.autograd.gradcheck(call, (q, k, v))
+    assert torch.autograd.gradcheck(call, (q, k, v), check_forward_ad=True)
 
 
 def test_rows_without_keys_return_zero() -> None:
@@ -96,6 +96,22 @@ def test_nan_reaches_only_what_sees_it(name: str) -> None:
         torch.testing.assert_close(got[:, :, ~seen], want[:, :, ~seen], rtol=0, atol=1e-13)
     if name == "q":
         assert all(x[:, :, 5:].isfinite().all() for x in results[1][2:])  # dk, dv of keys that row 4 does not see
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("q_offset", [0, -5])
+def test_nan_in_do_reaches_only_what_its_row_sees(q_offset: int, bad: float) -> None:
+    x = inputs(7, 7)
+    o = attention(*x, causal=True, q_offset=q_offset)
+    do = torch.randn_like(o)
+    want = torch.autograd.grad(o, x, do, retain_graph=True)
+    do[:, :, 4] = bad
+    dq, dk, dv = torch.autograd.grad(o, x, do)
+    others, unseen = torch.arange(7) != 4, slice(max(0, 5 + q_offset), 7)
+    torch.testing.assert_close(dq[:, :, others], want[0][:, :, others], rtol=0, atol=1e-13)
+    for grad, grad_want in zip((dk, dv), want[1:], strict=True):
+        torch.testing.assert_close(grad[:, :, unseen], grad_want[:, :, unseen], rtol=0, atol=1e-13)
+    assert not dv[:, :, : unseen.start].isfinite().any()
 
 
 def test_partial_results_merge_by_lse() -> None:
