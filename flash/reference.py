@@ -62,7 +62,7 @@ class FiniteProduct(torch.autograd.Function):
         return do @ v.mT, contract_keys(p.mT, do, visible.mT), None
 
     @staticmethod
-    def jvp(ctx: Any, dp: Tensor, dv: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, dp: Tensor, dv: Tensor, _: None) -> Any:
         p, v, _ = ctx.saved_tensors
         return dp @ v + p @ dv
 
