@@ -72,26 +72,21 @@ def dkdv_kernel(
                 row = score.tile_start(run, t, BLOCK_M, PARTIAL)
                 q_tile = tile.load(q, b, h, row, sizes.seqlen_q, shape.head_dim, BLOCK_M, D, PARTIAL)
                 lse_row = tile.load_rows(lse, sizes, b, h, row, float("inf"), BLOCK_M, PARTIAL)
+                delta_row = tile.load_rows(delta, sizes, b, h, row, 0.0, BLOCK_M, PARTIAL)[None, :]
                 qk = tl.dot(k_tile, q_tile.T, input_precision=spec.precision, out_dtype=ACC)
                 s = score.score(qk, scale, spec)
                 p = softmax.probability(s, softmax.closed(lse_row)[None, :], natural, unit, PRECISE)
                 if PARTIAL:
                     i = (row + tl.arange(0, BLOCK_M))[None, :]
                     keep = score.visible(i, j, offset, sizes, spec)
-                    p = tl.where(keep, p, 0.0)
+                    p = tl.where(keep, p + (delta_row - delta_row), 0.0)  # NaN where do_i is not finite: delta_i is not
                 do_tile = tile.load(do, b, h, row, sizes.seqlen_q, shape.head_dim_v, BLOCK_M, DV, PARTIAL)
                 if dv is not None:
-                    weights, values = p, do_tile
-                    if PARTIAL:
-                        values = tile.finite(do_tile)
-                        strange = tl.max((values != do_tile).to(tl.int32), 1) != 0
-                        weights = tl.where(keep & strange[None, :], float("nan"), p)
-                    dv_acc = tl.dot(
-                        weights.to(values.dtype), values, dv_acc, input_precision=spec.precision, out_dtype=ACC
-                    )
+                    values = tile.finite(do_tile) if PARTIAL else do_tile
+                    dv_acc = tl.dot(p.to(values.dtype), values, dv_acc, input_precision=spec.precision, out_dtype=ACC)
                 if dk is not None:
                     dp = tl.dot(v_tile, do_tile.T, input_precision=spec.precision, out_dtype=ACC)
-                    ds = p * (dp - tile.load_rows(delta, sizes, b, h, row, 0.0, BLOCK_M, PARTIAL)[None, :])
+                    ds = p * (dp - delta_row)
                     if PARTIAL:
                         ds = tl.where(keep, ds, 0.0)  # p = 0 alone would let a NaN of dp through
                         q_tile = tile.finite(q_tile)
