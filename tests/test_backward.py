@@ -265,3 +265,24 @@ def test_a_wrong_gradient_would_be_seen(place: Place) -> None:
     x = random_inputs(place, seqlen_q=33, dtype=torch.bfloat16, causal=True)
     got = calls.backward(x)
     assert complaints(got._replace(dk=got.dk * 1.05), x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place_of_value", ["q", "do"])
+def test_a_bad_row_reaches_only_the_keys_it_sees(place: Place, place_of_value: str, value: float) -> None:
+    x = random_inputs(place, seqlen_q=40, head_dim=16, causal=True)
+    assert x.do is not None
+    bad = 21
+    if place_of_value == "q":
+        x.q[:, :, bad, 3] = value
+        o = calls.forward(x).o
+        x.do.copy_(2 * o)  # as a loss that is a sum of squares would send it back
+        assert not bool(o[:, :, bad].isfinite().any())
+    else:
+        x.do[:, :, bad, 3] = value
+    got = calls.backward(x)
+    for gradient in (got.dk, got.dv):
+        assert gradient is not None
+        finite = gradient.isfinite().all(-1)
+        assert bool(finite[:, :, bad + 1 :].all())
+        assert not bool(finite[:, :, : bad + 1].any())
