@@ -230,9 +230,8 @@ def _read_cuda(compiled: Any, target: str, listing: bool) -> tuple[int, int, tup
         source.write_text(ptx)
         ptxas = get_ptxas(int(target.partition(":")[2])).path
         arch = f"--gpu-name=sm_{_target_of(compiled, 'cuda')}"
-        done = subprocess.run([ptxas, "-v", arch, source, "-o", cubin], capture_output=True, text=True, check=True)
+        words = _run(ptxas, "-v", arch, source, "-o", cubin).stderr
         text = _disassemble(cubin) if listing else ""
-    words = done.stderr
     registers = int(_number(r"Used (\d+) registers", words))
     spill_bytes = max(_number(r"(\d+) bytes spill stores", words), _number(r"(\d+) bytes spill loads", words))
     complaints = [line for line in words.splitlines() if re.search(r"serializ|potential|warning", line, re.IGNORECASE)]
@@ -244,7 +243,15 @@ def _disassemble(cubin: Path) -> str:
     import triton
 
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return _run(nvdisasm, "-c", cubin).stdout
+
+
+def _run(*command: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run a tool of Triton's; its failure is a failure to compile."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} exited with {done.returncode}: {done.stderr.strip()[:400]}")
+    return done
 
 
 def _read_hip(compiled: Any, target: str, listing: bool) -> tuple[int, int, tuple[str, ...], str]:

@@ -351,3 +351,16 @@ def test_clock_times_the_kernel_of_the_job(kernel: str, device: torch.device, mo
     whole = (2, 2, 32, 16)
     expected = {"forward": [whole, whole[:3]], "dkdv": [None, whole, whole], "dq": [whole, None, None]}
     assert shapes == expected[kernel]
+
+
+@pytest.mark.parametrize("field", ["gpu", "triton", "kernels"])
+def test_timings_of_another_gpu_or_of_other_kernels_are_not_kept(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "cuda_90.json"
+    first = table(row(16, ms=1.0), row(32))._replace(gpu="A", triton="3.6.0", kernels="0" * 16)
+    store.save(path, first)
+    other = {"gpu": "B", "triton": "3.7.1", "kernels": "1" * 16}[field]
+    store.save(path, first._replace(rows=(row(64, ms=2.0),), **{field: other}))
+    found = tables.load(path, {"target": first.target})
+    assert found is not None
+    assert {each.head_dim for each in found.rows} == {32, 64}  # untimed rows only say what fits
+    assert getattr(found, field) == other
