@@ -68,3 +68,28 @@ def test_every_row_that_must_not_spill_is_shipped(target: str) -> None:
     wanted = {need for need in offline.needs(target, tables.ITEMSIZE) if offline.spill_free(target, need)}
     (found,) = ({need_of(row) for row in table.rows} for table in SHIPPED if table.target == target)
     assert wanted - found == set()
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "head_dim"), tables.SMALLEST)
+def test_the_smallest_tiles_take_the_shared_memory_that_is_said(dtype: str, head_dim: int) -> None:
+    pytest.importorskip("triton")
+    call = Variant(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, causal=True, group=2)
+    made = resources.report("cuda:80", "dkdv", call, tables.Config(16, 16, 8, 1))
+    if tables.triton_version() == "3.7.1":
+        assert made.shared == tables.SMALLEST[dtype, head_dim]
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+@pytest.mark.parametrize("head_dim", [256, 512])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:89", "cuda:90"])
+def test_a_wide_head_fits_or_is_named(target: str, dtype: str, head_dim: int, kernel: str) -> None:
+    pytest.importorskip("triton")
+    call = Variant(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, causal=True, group=2)
+    config = tables.lookup(target, kernel, dtype, head_dim, 4096, True).config
+    made = resources.report(target, kernel, call, config)
+    assert made.shared <= made.limit or tables.too_wide(target, dtype, head_dim) is not None
