@@ -184,8 +184,11 @@ def cpu() -> list[Case]:
 
     What takes longest comes last, so that a slow machine still has a curve and every shape.
     """
-    short = sweep(CPU_CURVE, "float32", None, 512, (64, 128), (256, 512, 1024))
-    return short + small_models() + sweep(CPU_CURVE, "float32", None, 512, (64,), (2048, 4096))
+    narrow, wide, long = (
+        sweep(CPU_CURVE, "float32", None, 512, (head_dim,), seqlens)
+        for head_dim, seqlens in ((64, (256, 512, 1024)), (128, (512, 1024)), (64, (2048, 4096)))
+    )
+    return narrow + wide + small_models() + long
 
 
 def memory(device: torch.device) -> list[Case]:

@@ -115,10 +115,24 @@ def test_every_picture_and_file_that_the_readme_names_is_there() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+NOT_CHOSEN = pytest.mark.xfail(
+    strict=True, reason="no row was chosen for wide float16 heads on AMD: the formula answers"
+)
+COMMON = [
+    pytest.param(
+        target,
+        dtype,
+        head_dim,
+        marks=[NOT_CHOSEN] if (target, dtype) == ("hip:gfx942", "float16") and head_dim > 64 else [],
+    )
+    for target in ("cuda:80", "cuda:90", "hip:gfx942")
+    for dtype in ("float16", "bfloat16")
+    for head_dim in (64, 80, 128, 256)
+]
+
+
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("target", "dtype", "head_dim"), COMMON)
 def test_a_shipped_table_has_a_row_for_common_calls(target: str, kernel: str, dtype: str, head_dim: int) -> None:
     choice = tables.lookup(target, kernel, dtype, head_dim, 4096, True)
     assert "untimed" in choice.reason or "timed" in choice.reason
