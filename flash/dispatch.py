@@ -24,29 +24,15 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @lru_cache(maxsize=1)
-def triton_version() -> str:
-    """Triton's version, or "" where it is not installed.
-
-    Raises:
-        ImportError: it is installed and cannot be imported.
-    """
-    if find_spec("triton") is None:
-        return ""
-    import triton
-
-    return str(triton.__version__)
-
-
-@lru_cache(maxsize=1)
 def triton_release() -> tuple[int, int] | str:
     """Triton's (major, minor), or why there is none."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (it exists for Linux only)"
     try:
-        found = triton_version()
+        import triton
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    if not found:
-        return "Triton is not installed (it exists for Linux only)"
-    major, minor = found.split(".")[:2]
+    major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
@@ -228,11 +214,10 @@ def info(
         backend = chosen(problem)
         choices = {} if backend == "torch" else {kernel: tuned(problem, kernel) for kernel in KERNELS}
         configs = {"configs": {kernel: choice._asdict() for kernel, choice in choices.items()}}
-    release = triton_release()
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "triton": "" if isinstance(release, str) else triton_version(),
+        "triton": tables.triton_version() or "",
         "device": str(device),
         "device_name": gpu_of(device) or device.type,
         "head_dim": f"1 to {MAX_HEAD_DIM}",

@@ -122,10 +122,11 @@ def test_torch_func_says_that_it_is_not_served_yet(transform: Callable[..., Any]
         transform(lambda x: flash_attention(x, x, x).sum())(q[None] if transform is torch.func.vmap else q)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret(gpu=False))])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_has_no_graph_break_and_the_same_values(dynamic: bool) -> None:
+def test_compile_has_no_graph_break_and_the_same_values(dynamic: bool, backend: str) -> None:
     def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        o, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+        o, lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=backend)
         return o.pow(2).sum() + lse.clamp(min=-9).sum()
 
     torch._dynamo.reset()
