@@ -95,13 +95,18 @@ def latency(call: Callable[[], object], device: torch.device, effort: Effort) ->
 
         times = do_bench(call, warmup=1e3 * effort.warmup, rep=1e3 * effort.seconds, return_mode="all")
     else:
+        from timeit import repeat
+
         from torch.utils.benchmark import Timer
 
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        # Its search for a block size is the warm-up.
-        times = [1e3 * t for t in timer.blocked_autorange(min_run_time=effort.seconds).times]
-        while len(times) < effort.samples:
-            times += [1e3 * t for t in timer.timeit(1).times]
+        (warm_up,) = repeat(call, number=1, repeat=1)
+        if warm_up > effort.seconds:
+            times = [1e3 * t for t in repeat(call, number=1, repeat=effort.samples)]  # Timer runs such a call thrice
+        else:
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            times = [1e3 * t for t in timer.blocked_autorange(min_run_time=effort.seconds).times]
+            while len(times) < effort.samples:
+                times += [1e3 * t for t in timer.timeit(1).times]
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     median, p20, p80 = torch.quantile(torch.tensor(times, dtype=torch.float64), quantiles).tolist()
     return Latency(median, p20, p80, len(times))

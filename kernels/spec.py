@@ -2,7 +2,7 @@
 
 A kernel takes few arguments because related ones travel together: `View` is a tensor with its strides, `Mods` the
 optional operands, `Sizes` the lengths, `Spec` and `Shape` what the compiler must know. A field added here reaches every
-kernel.
+kernel and every backend.
 """
 
 from typing import Any, NamedTuple
@@ -48,9 +48,20 @@ class Sizes(NamedTuple):
     """Lengths of a call, known when it runs."""
 
     heads: int
-    seqlen_q: int
+    seqlen_q: int  # of one sequence; where sequences are packed, of all of them until `tile.place` has found the one
     seqlen_k: int
+    batch: int  # sequences
     q_offset: int  # position of query 0 among the keys; unused where Mods.q_offset is given
+    left: int  # keys seen before a query's own position, where Spec.left
+    right: int  # and after it, where Spec.right
+
+
+class Positions(NamedTuple):
+    """Which keys a query sees by its position: the members of `Sizes` that the user chooses."""
+
+    q_offset: int = 0
+    left: int = 0
+    right: int = 0
 
 
 class Shape(NamedTuple):
@@ -63,16 +74,81 @@ class Shape(NamedTuple):
     block_dv: int  # the same for head_dim_v
 
 
-class Mods(NamedTuple):
-    """Optional operands of the score. An absent one is None and leaves no trace in the compiled kernel."""
+class Blocks(NamedTuple):
+    """A block-sparse mask over blocks of queries and keys, [batch or 1, heads or 1, ...], int32.
 
-    q_offset: Any = None  # int32 [batch], read on the device; stands in for Sizes.q_offset
+    Args:
+        state: [.., query blocks, key blocks]; -1 where no pair is visible, -2 where every pair is, else an index of bits.
+        bits: [partial blocks, queries of a block, ceil(keys of a block / 32)], bit j % 32 of word j // 32 for key j.
+        keys: [.., query blocks, key blocks], for each query block the key blocks that it sees: whole ones, then others.
+        key_counts: [.., query blocks, 2], how many it sees whole, and how many in part.
+        queries: [.., key blocks, query blocks], for each key block the query blocks that see it, likewise.
+        query_counts: [.., key blocks, 2].
+    """
+
+    state: Any
+    bits: Any
+    keys: Any
+    key_counts: Any
+    queries: Any
+    query_counts: Any
+
+
+class Spans(NamedTuple):
+    """Bounds on what is visible, so that tiles beyond them are never loaded; int32 [batch or 1, heads or 1, seqlen or 1].
+
+    Args:
+        key_begin: of each query, the first key that it may see.
+        key_end: and one past the last; key_begin and key_end of a query that sees none are seqlen_k and 0.
+        query_begin: of each key, the first query that may see it.
+        query_end: and one past the last; seqlen_q and 0 of a key that none sees.
+    """
+
+    key_begin: Any
+    key_end: Any
+    query_begin: Any
+    query_end: Any
+
+
+class Mods(NamedTuple):
+    """Optional operands of a call, as tensors of torch; an absent one is None."""
+
+    q_offset: Any = None  # int32 or int64 [batch], read on the device; stands in for Positions.q_offset
+    mask: Any = None  # bool [batch or 1, heads or 1, seqlen_q or 1, seqlen_k or 1], True = visible
+    bias: Any = None  # any float, likewise; -inf, or its dtype's lowest number, hides the key
+    alibi_slopes: Any = None  # any float [batch or 1, heads]
+    sinks: Any = None  # any float [heads]
+    seed: Any = None  # int64 [1], the key of dropout's Philox
+    starts_q: Any = None  # int32 [batch + 1], where packed sequences start; never decreasing, within 0 and total_q
+    starts_k: Any = None  # likewise, for keys
+    bad: Any = None  # bool [batch], the sequences whose lengths were hostile: their rows are NaN
+    blocks: Blocks | None = None
+    spans: Spans | None = None
+    score_mod: Any = None  # flash.mods.ScoreMod
+    mask_mod: Any = None  # flash.mods.MaskMod
+
+
+class Gradients(NamedTuple):
+    """One thing for each operand that a gradient can be asked for: whether it is, or the gradient (None: not asked)."""
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
 
 
 class Spec(NamedTuple):
     """Compile-time choices of a call: one kernel is compiled per value. Holds no function and no tensor."""
 
-    causal: bool = False
+    causal: bool = False  # key j is visible when j <= i + q_offset; then `right` is False
+    left: bool = False  # and when j >= i + q_offset - Positions.left
+    right: bool = False  # and when j <= i + q_offset + Positions.right
+    hides: bool = False  # mask, bias, mask_mod or blocks beside another mask: each visited pair is asked if it is visible
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    blocks: tuple[int, int] | None = None  # queries and keys in a block of Mods.blocks
     raw: bool = True  # scores stay q.k up to the exponent; wants a positive scale and nothing that changes a score
     precision: str = "ieee"  # how float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"
 
