@@ -1,27 +1,51 @@
 """The validated call: whatever is wrong with an argument is said here or nowhere.
 
 `Problem` is the one noun that replaces argument lists between the public function, dispatch, autograd and the kernels.
-Errors name the argument, what was expected and what came: ValueError for a wrong call, NotImplementedError for a right
-one that is not served yet.
+What a single argument must be is in `flash.checks`; here they come together, and what follows from them is found.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .kernels.spec import Config, Mods, Spec
+from .checks import (
+    BACKENDS,
+    DTYPES,
+    KERNELS,
+    MAX_HEAD_DIM,
+    MAX_SEQLEN,
+    ConfigLike,
+    Window,
+    check_backend,
+    check_bias,
+    check_block_mask,
+    check_config,
+    check_dropout,
+    check_flag,
+    check_lengths,
+    check_mask,
+    check_mod,
+    check_q_offset,
+    check_scale,
+    check_sinks,
+    check_slopes,
+    check_softcap,
+    check_tensors,
+    check_window,
+    name_of,
+)
+from .kernels.spec import Config, Mods, Positions, Spans, Spec
 
-BACKENDS = ("auto", "triton", "hopper", "torch")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNELS = ("forward", "dkdv", "dq")
-MAX_HEAD_DIM = 512
-MAX_SEQLEN = 2**30 - 2**9  # a position, an offset and a tile together stay within 32 bits
-LATER = ("window", "mask", "bias", "alibi_slopes", "softcap", "sinks", "score_mod", "mask_mod", "block_mask")
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-ConfigLike = Config | Mapping[str, Config] | None
+    from .mods import MaskMod, ScoreMod
+
+__all__ = [
+    "BACKENDS", "DTYPES", "KERNELS", "MAX_HEAD_DIM", "MAX_SEQLEN", "ConfigLike", "Problem", "Window", "check_flag",
+    "name_of", "precision_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,16 +53,17 @@ class Problem:
     """A call of attention, checked and in the form that every backend takes.
 
     Args:
-        q: [batch, heads, seqlen_q, head_dim].
+        q: [batch, heads, seqlen_q, head_dim]; where sequences are packed, batch is 1 and seqlen_q all of them.
         k: [batch, heads_k, seqlen_k, head_dim].
         v: [batch, heads_k, seqlen_k, head_dim_v].
-        mods: optional operands of the score.
+        mods: optional operands of the score; the seed of dropout is drawn later.
         spec: compile-time choices.
         scale: factor of q.k.
-        q_offset: position of query 0 among the keys, within 32 bits; Mods.q_offset stands in for it where given.
+        positions: which keys a query sees by its position, within 32 bits; Mods.q_offset stands in for
+            Positions.q_offset where given.
         backend: "auto", "triton", "hopper" or "torch".
         configs: for each of the kernels forward, dkdv and dq the user's Config, or None for the tuned one.
-        one_head: q, k and v came as [batch, seqlen, head_dim].
+        one_head: q, k and v came without an axis of heads.
     """
 
     q: torch.Tensor
@@ -47,7 +72,7 @@ class Problem:
     mods: Mods
     spec: Spec
     scale: float
-    q_offset: int
+    positions: Positions
     backend: str
     configs: tuple[Config | None, Config | None, Config | None]
     one_head: bool
@@ -60,151 +85,168 @@ class Problem:
         v: torch.Tensor,
         *,
         causal: bool = False,
+        window: Window = None,
         q_offset: int | torch.Tensor | None = None,
         scale: float | None = None,
+        mask: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
         dropout_p: float = 0.0,
+        score_mod: "ScoreMod | None" = None,
+        mask_mod: "MaskMod | None" = None,
+        block_mask: "BlockMask | None" = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
         deterministic: bool | None = None,
         backend: str = "auto",
         config: ConfigLike = None,
-        **later: Any,
     ) -> "Problem":
         """Check the arguments of `flash.attention.flash_attention` and build the Problem.
 
+        With any of cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k the call is packed, those of
+        `flash.attention.flash_attention_varlen`.
+
         Raises:
             ValueError: an argument is wrong.
-            NotImplementedError: an argument asks for what is not served yet.
+            TypeError: a user function or a block mask is not one.
+            NotImplementedError: an argument asks for what is not served.
         """
-        for name, value in later.items():
-            if name not in LATER:
-                raise TypeError(f"flash_attention has no keyword {name!r}")
-            if value is not None:
-                raise NotImplementedError(f"{name} is not served yet on any backend; leave it out")
+        packed = not (cu_seqlens_q is None and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None)
         q, k, v = autocast(q, k, v)
-        one_head = check_tensors(q, k, v)
-        check_dropout(dropout_p)
+        q, k, v, one_head = check_tensors(q, k, v, packed)
+        device, heads, seqlen_q, seqlen_k = q.device, q.shape[1], q.shape[2], k.shape[2]
         check_flag("causal", causal)
         if deterministic is not None:
             check_flag("deterministic", deterministic)
-        if not isinstance(backend, str) or backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_backend(backend)
         configs = check_config(config)
-        if one_head:
-            q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-        scale = check_scale(scale, q.shape[3])
-        offset, positions = check_q_offset(q_offset, q, k)
+        left, right = check_window(window)
+        scale, softcap, dropout_p = check_scale(scale, q.shape[3]), check_softcap(softcap), check_dropout(dropout_p)
+
+        starts_q = starts_k = bad = None
+        batch, shape = q.shape[0], (q.shape[0], heads, seqlen_q, seqlen_k)
+        if packed:
+            batch = check_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, device)
+            starts_q, starts_k, bad = sequences(cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k)
+            shape = (batch, heads, max_seqlen_q, max_seqlen_k)  # type: ignore[assignment]
+        offset, offsets = 0, None
+        if q_offset is not None:
+            q_offset = check_q_offset(q_offset, batch, device)
+        if isinstance(q_offset, torch.Tensor):
+            offsets = q_offset
+        elif packed:
+            at_end = starts_k.diff() - starts_q.diff()  # type: ignore[union-attr]
+            offsets = at_end if q_offset is None else torch.full_like(at_end, q_offset)
+        else:
+            offset = seqlen_k - seqlen_q if q_offset is None else q_offset
+
+        if mask is not None:
+            mask = check_mask(mask, shape, one_head, device)
+        if bias is not None:
+            bias = check_bias(bias, shape, one_head, device)
+        if packed:
+            bad = too_long(bad, starts_q, starts_k, mask, bias)
+        if alibi_slopes is not None:
+            alibi_slopes = check_slopes(alibi_slopes, batch, heads, device)
+        if sinks is not None:
+            sinks = check_sinks(sinks, heads, device)
+        for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+            if mod is not None:
+                check_mod(name, mod, device)
+        blocks = block_sizes = None
+        if block_mask is not None:
+            from .blocks import blocks_of
+
+            block_sizes = check_block_mask(block_mask, (q.shape[0], heads, seqlen_q, seqlen_k), device)
+            blocks = blocks_of(block_mask, q.shape[0], heads, seqlen_q, seqlen_k)
+
+        spans = None if packed else spans_of(mask, mask_mod, seqlen_q, seqlen_k)
+        mods = Mods(
+            q_offset=offsets, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, starts_q=starts_q,
+            starts_k=starts_k, bad=bad, blocks=blocks, spans=spans, score_mod=score_mod, mask_mod=mask_mod,
+        )  # fmt: skip
+        right = None if causal else right  # 0 is tighter
+        banded = causal or left is not None or right is not None
+        hides = mask is not None or bias is not None or mask_mod is not None
         # a positive scale that float32 holds can wait for the exponent; any other multiplies the score
         raw = True if 1e-30 < scale < 1e30 else False  # a branch, which makes a constant of a symbolic scale
-        spec = Spec(causal=causal, raw=raw, precision=precision_of(q))
-        return cls(q, k, v, Mods(q_offset=positions), spec, scale, offset, backend, configs, one_head)
+        spec = Spec(
+            causal=causal,
+            left=left is not None,
+            right=right is not None,
+            hides=hides or (blocks is not None and (banded or packed)),
+            softcap=softcap,
+            dropout_p=dropout_p,
+            blocks=block_sizes,
+            raw=raw and softcap is None and bias is None and alibi_slopes is None and score_mod is None,
+            precision=precision_of(q),
+        )
+        positions = Positions(offset, 0 if left is None else left, 0 if right is None else right)
+        return cls(q, k, v, mods, spec, scale, positions, backend, configs, one_head)
 
 
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Check ranks, dtypes, devices and shapes of q, k and v; whether they came without an axis of heads."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.is_nested:
-            raise NotImplementedError(f"{name} is a nested tensor, which is not served yet; pad it to a dense one")
-        if x.layout != torch.strided:
-            raise ValueError(f"{name} must be a strided tensor, got layout {x.layout}")
-        if x.dim() not in (3, 4) or x.dim() != q.dim():
-            expected = "3 or 4 dimensions" if x is q else f"{q.dim()} dimensions like q"
-            raise ValueError(f"{name} must have {expected}, got shape {list(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {name_of(x.dtype)}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have dtype {name_of(q.dtype)} like q, got {name_of(x.dtype)}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on device {q.device} like q, got {x.device}")
-    one_head = q.dim() == 3
-    check_equal("k", "batch", k.shape[0], "q", q.shape[0])
-    check_equal("v", "batch", v.shape[0], "q", q.shape[0])
-    check_equal("k", "head_dim", k.shape[-1], "q", q.shape[-1])
-    check_equal("v", "seqlen_k", v.shape[-2], "k", k.shape[-2])
-    if not one_head:
-        heads, heads_k = q.shape[1], k.shape[1]
-        check_equal("v", "heads_k", v.shape[1], "k", heads_k)
-        if heads % heads_k if heads_k else heads:
-            raise ValueError(f"k must have a number of heads that divides q's {heads}, got {heads_k}")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got {x.shape[-1]}")
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[-2] > MAX_SEQLEN:
-            raise ValueError(f"{name} must have a seqlen of at most {MAX_SEQLEN}, got {x.shape[-2]}")
-    return one_head
+def sequences(
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, total_q: int, total_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where packed sequences start, safe to read by, and which of them [batch] are bad; nothing waits for the device.
+
+    Starts are int32 [batch + 1], the running maximum within 0 and the total: whatever came, each row has at most one
+    owner, and it lies in the tensor. A sequence is bad where that changed one of its ends.
+    """
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None
+    starts_q = cu_seqlens_q.cummax(0).values.clamp(0, total_q)
+    starts_k = cu_seqlens_k.cummax(0).values.clamp(0, total_k)
+    changed = (starts_q != cu_seqlens_q) | (starts_k != cu_seqlens_k)
+    return starts_q, starts_k, changed[:-1] | changed[1:]
 
 
-def check_equal(name: str, axis: str, got: int, other: str, expected: int) -> None:
-    """Check that two tensors agree on an axis."""
-    if got != expected:
-        raise ValueError(f"{name} must have {axis} {expected} like {other}, got {got}")
+def too_long(bad: Any, starts_q: Any, starts_k: Any, mask: Any, bias: Any) -> torch.Tensor:
+    """bad [batch], also where a sequence is longer than an axis of the mask or bias that it would be read from."""
+    for x in (mask, bias):
+        for starts, axis in ((starts_q, 2), (starts_k, 3)):
+            if x is not None and x.shape[axis] != 1:
+                bad = bad | (starts.diff() > x.shape[axis])
+    return bad  # type: ignore[no-any-return]
 
 
-def check_flag(name: str, value: object) -> None:
-    """Check that a flag is a bool."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+def spans_of(mask: torch.Tensor | None, mask_mod: "MaskMod | None", seqlen_q: int, seqlen_k: int) -> Spans | None:
+    """Bounds on what a dense call's queries see, from a mask alike for all queries and from a MaskMod's own spans."""
+    found = None
+    if mask is not None:
+        found = padding_spans(mask, seqlen_q, seqlen_k)
+    if mask_mod is not None and mask_mod.spans is not None:
+        more = mask_mod.spans(seqlen_q, seqlen_k, mask_mod.args)
+        found = more if found is None else intersection(found, more)
+    return found
 
 
-def check_dropout(dropout_p: object) -> None:
-    """Check the dropout probability; only 0 is served."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
-    if dropout_p > 0.0:
-        raise NotImplementedError("dropout_p is not served yet on any backend; use 0.0")
+def padding_spans(mask: torch.Tensor, seqlen_q: int, seqlen_k: int) -> Spans | None:
+    """The spans of a mask [batch|1, heads|1, 1, seqlen_k|1], whose axis of queries may be expanded; None of another."""
+    for axis in range(3):
+        if mask.shape[axis] > 1 and mask.stride(axis) == 0:  # all alike: look at one
+            mask = mask.narrow(axis, 0, 1)
+    if mask.shape[2] != 1 or seqlen_k == 0 or 0 in mask.shape:
+        return None
+    keys = mask.squeeze(2)  # [batch|1, heads|1, seqlen_k|1]
+    j = torch.arange(seqlen_k, dtype=torch.int32, device=mask.device)
+    key_begin = torch.where(keys, j, seqlen_k).amin(-1, keepdim=True)
+    key_end = torch.where(keys, j + 1, 0).amax(-1, keepdim=True)
+    begin, end = torch.where(keys, 0, seqlen_q), torch.where(keys, seqlen_q, 0)
+    return Spans(*(x.to(torch.int32) for x in (key_begin, key_end, begin, end)))
 
 
-def check_scale(scale: object, head_dim: int) -> float:
-    """The scale as a finite float, head_dim ** -0.5 by default."""
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < math.inf:
-        raise ValueError(f"scale must be a finite float or None, got {scale!r}")
-    try:
-        return float(scale)
-    except OverflowError:
-        raise ValueError(f"scale must be a finite float or None, got an int of {len(str(scale))} digits") from None
-
-
-def check_q_offset(
-    q_offset: int | torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
-) -> tuple[int, torch.Tensor | None]:
-    """The position of query 0: an int and no tensor, or 0 and a dense tensor [batch]."""
-    if q_offset is None:
-        return k.shape[2] - q.shape[2], None
-    if isinstance(q_offset, torch.Tensor):
-        if q_offset.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"q_offset must be of dtype int32 or int64, got {name_of(q_offset.dtype)}")
-        if q_offset.dim() > 1 or (q_offset.dim() == 1 and q_offset.shape[0] != q.shape[0]):
-            raise ValueError(f"q_offset must have shape [] or [{q.shape[0]}] (batch), got {list(q_offset.shape)}")
-        if q_offset.device != q.device:
-            raise ValueError(f"q_offset must be on device {q.device} like q, got {q_offset.device}")
-        return 0, q_offset.expand(q.shape[0]).contiguous()  # at most one integer per batch element
-    if isinstance(q_offset, bool) or not isinstance(q_offset, int):
-        raise ValueError(f"q_offset must be an int, an int tensor or None, got {q_offset!r}")
-    return min(max(q_offset, -MAX_SEQLEN), MAX_SEQLEN), None
-
-
-def check_config(config: ConfigLike) -> tuple[Config | None, Config | None, Config | None]:
-    """The user's Config of each kernel, None where there is none; a bare Config is the forward's."""
-    given = {"forward": config} if isinstance(config, Config) else {} if config is None else config
-    if not isinstance(given, Mapping):
-        raise ValueError(f"config must be a flash.Config, a dict of them or None, got {config!r}")
-    for name, value in given.items():
-        if name not in KERNELS:
-            raise ValueError(f"config must have keys among {', '.join(KERNELS)}, got {name!r}")
-        if not isinstance(value, Config):
-            raise ValueError(f"config[{name!r}] must be a flash.Config, got {value!r}")
-        limits = {
-            "block_m": (16, 32, 64, 128, 256),
-            "block_n": (16, 32, 64, 128, 256),
-            "num_warps": (1, 2, 4, 8, 16),
-            "num_stages": tuple(range(1, 9)),
-        }
-        for field, allowed in limits.items():
-            got = getattr(value, field)
-            if type(got) is not int or got not in allowed:
-                raise ValueError(f"config[{name!r}].{field} must be one of {allowed}, got {got!r}")
-    return given.get("forward"), given.get("dkdv"), given.get("dq")
+def intersection(one: Spans, other: Spans) -> Spans:
+    """The spans of what both allow."""
+    return Spans(
+        torch.maximum(one.key_begin, other.key_begin),
+        torch.minimum(one.key_end, other.key_end),
+        torch.maximum(one.query_begin, other.query_begin),
+        torch.minimum(one.query_end, other.query_end),
+    )
 
 
 def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -224,8 +266,3 @@ def precision_of(q: torch.Tensor) -> str:
     if q.dtype != torch.float32 or q.device.type != "cuda" or torch.version.hip:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """float16 for torch.float16."""
-    return str(dtype).removeprefix("torch.")
