@@ -107,7 +107,12 @@ def check_dropout(dropout_p: Any) -> float:
     """The dropout probability."""
     if not is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
-    return float(dropout_p)
+    return constant(dropout_p)
+
+
+def constant(value: float) -> float:
+    """A number as a float; torch.compile makes a constant of a symbolic float where one of its methods is called."""
+    return float(value).__float__()
 
 
 def check_finite(name: str, value: Any, expected: str) -> float:
@@ -132,7 +137,7 @@ def check_softcap(softcap: object) -> float | None:
     cap = check_finite("softcap", softcap, "a finite float > 0 or None")
     if not cap > 0.0:
         raise ValueError(f"softcap must be a finite float > 0 or None, got {softcap!r}")
-    return cap
+    return constant(cap)
 
 
 def check_window(window: Any) -> tuple[int | None, int | None]:
