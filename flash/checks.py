@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .kernels.spec import Config
+from .twins import MaskMod, ScoreMod
 
 BACKENDS = ("auto", "triton", "hopper", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -236,10 +237,8 @@ def check_sinks(sinks: torch.Tensor, heads: int, device: torch.device) -> torch.
     return sinks
 
 
-def check_mod(name: str, mod: Any, device: torch.device) -> None:
-    """Check a user function and its tensors; no gradient reaches those."""
-    from .mods import MaskMod, ScoreMod  # brings Triton, which a call without them does not need
-
+def check_mod(name: str, mod: Any, shape: Sequence[int], device: torch.device) -> None:
+    """Check a user function and its tensors against [batch, heads, seqlen_q, seqlen_k]; no gradient reaches those."""
     kind = ScoreMod if name == "score_mod" else MaskMod
     if not isinstance(mod, kind):
         raise TypeError(f"{name} must be a flash.mods.{kind.__name__}, got {type(mod).__name__}")
@@ -252,10 +251,11 @@ def check_mod(name: str, mod: Any, device: torch.device) -> None:
                 f"{name}.args[{n}] requires grad, and no gradient reaches a user function's tensors; detach it, or "
                 "pass what is learned as bias, which has a gradient"
             )
+    mod.fit(*shape)
 
 
-def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device) -> tuple[int, int]:
-    """Check a BlockMask against [batch, heads, seqlen_q, seqlen_k]; the queries and keys of a block."""
+def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device) -> None:
+    """Check a BlockMask against [batch, heads, seqlen_q, seqlen_k]."""
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(block_mask, BlockMask):
@@ -266,6 +266,7 @@ def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device
     if lengths != expected:
         raise ValueError(f"block_mask must be made for (seqlen_q, seqlen_k) = {expected}, got {lengths}")
     got = tuple(block_mask.kv_num_blocks.shape[:-1])
+    got = (1,) * (2 - len(got)) + got
     if len(got) != 2 or got[0] not in (1, shape[0]) or got[1] not in (1, shape[1]):
         raise ValueError(f"block_mask must have B in (1, {shape[0]}) and H in (1, {shape[1]}), got (B, H) = {got}")
     if block_mask.kv_num_blocks.device != device:
@@ -275,7 +276,6 @@ def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device
         raise NotImplementedError(
             f"block_mask has blocks of {block_q} x {block_k}; multiples of 16 are served, such as the default 128 x 128"
         )
-    return block_q, block_k
 
 
 def check_config(config: ConfigLike) -> tuple[Config | None, Config | None, Config | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .blocks import blocks_of, sizes_of
 from .checks import (
     BACKENDS,
     DTYPES,
@@ -36,11 +37,10 @@ from .checks import (
     name_of,
 )
 from .kernels.spec import Config, Mods, Positions, Spans, Spec
+from .twins import MaskMod, ScoreMod
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
-    from .mods import MaskMod, ScoreMod
+    from torch.nn.attention.flex_attention import BlockMask  # slow to import, and whoever has one has done so
 
 __all__ = [
     "BACKENDS", "DTYPES", "KERNELS", "MAX_HEAD_DIM", "MAX_SEQLEN", "ConfigLike", "Problem", "Window", "check_flag",
@@ -94,8 +94,8 @@ class Problem:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         dropout_p: float = 0.0,
-        score_mod: "ScoreMod | None" = None,
-        mask_mod: "MaskMod | None" = None,
+        score_mod: ScoreMod | None = None,
+        mask_mod: MaskMod | None = None,
         block_mask: "BlockMask | None" = None,
         cu_seqlens_q: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
@@ -156,12 +156,11 @@ class Problem:
             sinks = check_sinks(sinks, heads, device)
         for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
             if mod is not None:
-                check_mod(name, mod, device)
+                check_mod(name, mod, shape, device)
         blocks = block_sizes = None
         if block_mask is not None:
-            from .blocks import blocks_of
-
-            block_sizes = check_block_mask(block_mask, (q.shape[0], heads, seqlen_q, seqlen_k), device)
+            check_block_mask(block_mask, (q.shape[0], heads, seqlen_q, seqlen_k), device)
+            block_sizes = sizes_of(block_mask, seqlen_q, seqlen_k)
             blocks = blocks_of(block_mask, q.shape[0], heads, seqlen_q, seqlen_k)
 
         spans = None if packed else spans_of(mask, mask_mod, seqlen_q, seqlen_k)
@@ -213,7 +212,7 @@ def too_long(bad: Any, starts_q: Any, starts_k: Any, mask: Any, bias: Any) -> to
     return bad  # type: ignore[no-any-return]
 
 
-def spans_of(mask: torch.Tensor | None, mask_mod: "MaskMod | None", seqlen_q: int, seqlen_k: int) -> Spans | None:
+def spans_of(mask: torch.Tensor | None, mask_mod: MaskMod | None, seqlen_q: int, seqlen_k: int) -> Spans | None:
     """Bounds on what a dense call's queries see, from a mask alike for all queries and from a MaskMod's own spans."""
     found = None
     if mask is not None:
