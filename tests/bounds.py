@@ -90,11 +90,10 @@ def materialised(
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v with every score in memory, in q's dtype, and lse."""
-    batch, heads, seqlen_q, head_dim = q.shape
+    _, heads, _, head_dim = q.shape
     k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))
     s = (q @ k.mT) * (head_dim**-0.5 if scale is None else scale)
-    offset = torch.as_tensor(k.shape[2] - seqlen_q if q_offset is None else q_offset, device=q.device).expand(batch)
-    visible = reference.visibility(seqlen_q, k.shape[2], causal, offset).expand(s.shape)
+    visible = reference.visibility(reference.Pairs.of(q, k, q_offset), causal=causal).expand(s.shape)
     empty = ~visible.any(-1, keepdim=True)
     s = s.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
     p = s.softmax(-1).masked_fill(empty, 0.0)
