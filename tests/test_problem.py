@@ -1,13 +1,18 @@
 """Every wrong argument is named, with what was expected and what came; what is not served yet is named too."""
 
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flash
+from flash import mods
 from flash.attention import flash_attention
+from flash.kernels.spec import Spans, Spec
+from flash.mods import MaskMod, ScoreMod
 from flash.problem import MAX_SEQLEN, Problem
 
 
@@ -21,6 +26,28 @@ def replaced(index: int, x: Any) -> list[Any]:
     tensors: list[Any] = qkv()
     tensors[index] = x
     return tensors
+
+
+def score_mod(*args: torch.Tensor) -> ScoreMod:
+    return ScoreMod(None, lambda s, b, h, i, j, args: s, None, args)
+
+
+def mask_mod(*args: torch.Tensor) -> MaskMod:
+    return MaskMod(None, lambda b, h, i, j, args: i >= j, args)
+
+
+def fits_no_call(batch: int, heads: int, seqlen_q: int, seqlen_k: int, args: tuple[torch.Tensor, ...]) -> None:
+    raise ValueError("args fit no call")
+
+
+def block_mask(
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int | None = None,
+    heads: int | None = None,
+    sizes: tuple[int, int] = (128, 128),
+) -> BlockMask:
+    return create_block_mask(lambda b, h, i, j: i >= j, batch, heads, seqlen_q, seqlen_k, "cpu", sizes)
 
 
 WRONG_TENSORS = {
@@ -103,32 +130,257 @@ def test_more_positions_than_32_bits_hold_are_refused() -> None:
         flash_attention(q, k[:, :, :1].expand(1, 1, far, 1), v[:, :, :1].expand(1, 1, far, 1))
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+WRONG_OPERANDS = {
+    "window must be >= 0 on each side .*, got -1": {"window": -1},
+    r"window must be >= 0 on each side .*, got \(-1, 0\)": {"window": (-1, 0)},
+    r"window must be >= 0 on each side .*, got \(None, -2\)": {"window": (None, -2)},
+    r"window must be an int, a pair \(left, right\) or None, got 2.0": {"window": 2.0},
+    r"window must be an int, a pair \(left, right\) or None, got True": {"window": True},
+    r"window must be an int, a pair \(left, right\) or None, got \(1, 2, 3\)": {"window": (1, 2, 3)},
+    r"window must be an int, a pair \(left, right\) or None, got \(1, '2'\)": {"window": (1, "2")},
+    r"window must be an int, a pair \(left, right\) or None, got \[1, 2\]": {"window": [1, 2]},
+    r"mask must be bool \(True = attend\), got float32; use bias for a float one": {"mask": torch.zeros(5, 7)},
+    r"mask must be bool \(True = attend\), got int64$": {"mask": torch.ones(5, 7, dtype=torch.int64)},
+    "mask must be a torch.Tensor, got list": {"mask": [True]},
+    "mask must be on device cpu like q, got meta": {"mask": torch.ones(5, 7, dtype=torch.bool, device="meta")},
+    "mask must be a dense, strided tensor, got torch.sparse_coo": {"mask": torch.ones(5, 7).bool().to_sparse()},
+    r"mask must broadcast to \[batch, heads, seqlen_q, seqlen_k\] = \[2, 4, 5, 7\], got shape \[7, 5\]": {
+        "mask": torch.ones(7, 5, dtype=torch.bool)
+    },
+    r"mask must broadcast to .* = \[2, 4, 5, 7\], got shape \[2, 7\]": {"mask": torch.ones(2, 7, dtype=torch.bool)},
+    r"mask must broadcast to .*, got shape \[2, 5, 7\]": {"mask": torch.ones(2, 5, 7, dtype=torch.bool)},
+    r"mask must broadcast to .*, got shape \[1, 1, 1, 5, 7\]": {"mask": torch.ones(1, 1, 1, 5, 7, dtype=torch.bool)},
+    r"mask must broadcast to .*, got shape \[0\]": {"mask": torch.ones(0, dtype=torch.bool)},
+    "bias must be floating point, got bool; use mask for a bool one": {"bias": torch.ones(5, 7, dtype=torch.bool)},
+    "bias must be float16, bfloat16, float32 or float64, got int32": {"bias": torch.ones(5, 7, dtype=torch.int32)},
+    "bias must be a torch.Tensor, got float": {"bias": 1.0},
+    "bias must be on device cpu like q, got meta": {"bias": torch.ones(5, 7, device="meta")},
+    r"bias must broadcast to .* = \[2, 4, 5, 7\], got shape \[3, 1, 5, 7\]": {"bias": torch.ones(3, 1, 5, 7)},
+    r"bias must broadcast to .*, got shape \[2, 1, 7\]": {"bias": torch.ones(2, 1, 7)},
+    "alibi_slopes must be a torch.Tensor, got list": {"alibi_slopes": [1.0]},
+    r"alibi_slopes must have shape \[4\] \(heads\) or \[2, 4\] \(batch, heads\), got \[2\]": {
+        "alibi_slopes": torch.ones(2)
+    },
+    r"alibi_slopes must have shape .*, got \[1, 4\]": {"alibi_slopes": torch.ones(1, 4)},
+    r"alibi_slopes must have shape .*, got \[\]": {"alibi_slopes": torch.ones(())},
+    "alibi_slopes must be float16, bfloat16, float32 or float64, got int64": {"alibi_slopes": torch.ones(4).long()},
+    "alibi_slopes must be on device cpu like q, got meta": {"alibi_slopes": torch.ones(4, device="meta")},
+    "softcap must be a finite float > 0 or None, got 0": {"softcap": 0},
+    "softcap must be a finite float > 0 or None, got -30.0": {"softcap": -30.0},
+    "softcap must be a finite float > 0 or None, got inf": {"softcap": math.inf},
+    "softcap must be a finite float > 0 or None, got nan": {"softcap": math.nan},
+    "softcap must be a finite float > 0 or None, got True": {"softcap": True},
+    "softcap must be a finite float > 0 or None, got '30'": {"softcap": "30"},
+    "softcap must be a finite float > 0 or None, got an int of 401 digits": {"softcap": 10**400},
+    r"sinks must have shape \[4\] \(heads\), got \[2\]": {"sinks": torch.zeros(2)},
+    r"sinks must have shape \[4\] \(heads\), got \[2, 4\]": {"sinks": torch.zeros(2, 4)},
+    "sinks must be float16, bfloat16, float32 or float64, got bool": {"sinks": torch.ones(4, dtype=torch.bool)},
+    "sinks must be a torch.Tensor, got float": {"sinks": 0.0},
+    "sinks must be on device cpu like q, got meta": {"sinks": torch.zeros(4, device="meta")},
+    r"score_mod.args\[0\] must be on device cpu like q, got meta": {
+        "score_mod": score_mod(torch.ones(4, device="meta"))
+    },
+    r"mask_mod.args\[1\] must be contiguous, got strides \(2,\)": {
+        "mask_mod": mask_mod(torch.ones(4), torch.ones(8)[::2])
+    },
+    "args fit no call": {"mask_mod": MaskMod(None, lambda b, h, i, j, args: i >= j, check=fits_no_call)},
+    r"block_mask must be made for \(seqlen_q, seqlen_k\) = \(5, 7\), got \(7, 7\)": {"block_mask": block_mask(7, 7)},
+    r"block_mask must have B in \(1, 2\) and H in \(1, 4\), got \(B, H\) = \(3, 1\)": {
+        "block_mask": block_mask(5, 7, batch=3)
+    },
+    r"block_mask must have B in \(1, 2\) and H in \(1, 4\), got \(B, H\) = \(1, 2\)": {
+        "block_mask": block_mask(5, 7, heads=2)
+    },
+    "block_mask must be on device cpu like q, got meta": {"block_mask": block_mask(5, 7).to("meta")},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_OPERANDS)
+def test_a_wrong_operand_of_the_score_is_named_with_what_was_expected_and_what_came(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flash_attention(*qkv(), **WRONG_OPERANDS[message])
+
+
+WRONG_TYPES = {
+    "score_mod must be a flash.mods.ScoreMod, got function": {"score_mod": lambda s, b, h, i, j: s},
+    "score_mod must be a flash.mods.ScoreMod, got MaskMod": {"score_mod": mask_mod()},
+    "mask_mod must be a flash.mods.MaskMod, got function": {"mask_mod": lambda b, h, i, j: i >= j},
+    "mask_mod must be a flash.mods.MaskMod, got ScoreMod": {"mask_mod": score_mod()},
+    "block_mask must be a torch.nn.attention.flex_attention.BlockMask, got Tensor": {"block_mask": torch.ones(5, 7)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TYPES)
+def test_a_user_function_or_block_mask_of_another_type_is_a_type_error(message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        flash_attention(*qkv(), **WRONG_TYPES[message])
+
+
+def test_blocks_of_no_multiple_of_16_are_not_served_and_the_nearest_are_named() -> None:
+    with pytest.raises(NotImplementedError, match="block_mask has blocks of 24 x 128; multiples of 16 are served"):
+        flash_attention(*qkv(), block_mask=block_mask(5, 7, sizes=(24, 128)))
+
+
+def test_a_user_functions_tensor_with_a_gradient_is_refused_only_where_it_would_be_lost() -> None:
+    learned = torch.ones(4, requires_grad=True)
+    for keyword in ({"score_mod": score_mod(learned)}, {"mask_mod": mask_mod(learned)}):
+        with pytest.raises(NotImplementedError, match=r"args\[0\] requires grad, .* as bias"):
+            Problem.of(*qkv(), **keyword)
+        with torch.no_grad():
+            Problem.of(*qkv(), **keyword)
+
+
+OPERANDS = {"mask": torch.bool, "bias": torch.float32}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+@pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_a_mask_or_bias_becomes_four_axes_without_a_copy(name: str, full: tuple[bool, ...]) -> None:
+    shape = [size if is_full else 1 for size, is_full in zip((2, 4, 5, 7), full, strict=True)]
+    x = torch.ones(shape, dtype=OPERANDS[name])
+    for drop in range(5):
+        if all(size == 1 for size in shape[:drop]):
+            given = x.reshape(shape[drop:])
+            got = getattr(Problem.of(*qkv(), **{name: given}).mods, name)
+            assert list(got.shape) == shape and got.data_ptr() == given.data_ptr()
+            assert got.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def test_the_strides_of_a_mask_stay_as_they_came() -> None:
+    mask = torch.ones(2, 1, 1, 14, dtype=torch.bool)[..., ::2].expand(2, 4, 5, 7)
+    got = Problem.of(*qkv(), mask=mask).mods.mask
+    assert got.shape == mask.shape and got.stride() == mask.stride() == (14, 0, 0, 2)
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_of_three_dimensions_a_mask_or_bias_has_three_too(name: str) -> None:
+    q, k, v = qkv(heads=1, heads_k=1)
+    call = q[:, 0], k[:, 0], v[:, 0]
+    for shape, four in (((2, 5, 7), [2, 1, 5, 7]), ((2, 1, 7), [2, 1, 1, 7]), ((5, 1), [1, 1, 5, 1]), ((), [1] * 4)):
+        x = torch.ones(shape, dtype=OPERANDS[name])
+        assert list(getattr(Problem.of(*call, **{name: x}).mods, name).shape) == four
+    with pytest.raises(ValueError, match=rf"{name} must broadcast to \[batch, seqlen_q, seqlen_k\] = \[2, 5, 7\]"):
+        Problem.of(*call, **{name: torch.ones(2, 1, 5, 7, dtype=OPERANDS[name])})
+
+
 @pytest.mark.parametrize(
-    "keyword",
+    "keywords, spec, positions",
     [
-        {"window": 4},
-        {"mask": torch.ones(5, 7, dtype=torch.bool)},
-        {"bias": torch.zeros(5, 7)},
-        {"alibi_slopes": torch.ones(4)},
-        {"softcap": 30.0},
-        {"sinks": torch.zeros(4)},
-        {"dropout_p": 0.1},
-        {"score_mod": object()},
-        {"mask_mod": object()},
-        {"block_mask": object()},
+        ({}, {}, (2, 0, 0)),
+        ({"window": (None, None)}, {}, (2, 0, 0)),
+        ({"window": 3}, {"left": True, "right": True}, (2, 3, 3)),
+        ({"window": (0, None), "q_offset": 1}, {"left": True}, (1, 0, 0)),
+        ({"window": (None, 4)}, {"right": True}, (2, 0, 4)),
+        ({"window": (1, 4), "causal": True}, {"causal": True, "left": True}, (2, 1, 0)),
+        ({"window": (None, 0), "causal": True}, {"causal": True}, (2, 0, 0)),
+        ({"window": 2**40, "q_offset": -(2**40)}, {"left": True, "right": True}, (-MAX_SEQLEN, MAX_SEQLEN, MAX_SEQLEN)),
     ],
-    ids=lambda keyword: next(iter(keyword)),
+    ids=str,
+)  # fmt: skip
+def test_a_window_is_two_bounds_of_which_causal_is_the_tighter_right_one(
+    keywords: dict[str, Any], spec: dict[str, bool], positions: tuple[int, int, int]
+) -> None:
+    problem = Problem.of(*qkv(), **keywords)
+    assert problem.spec == Spec(**spec)
+    assert problem.positions == positions
+
+
+@pytest.mark.parametrize(
+    "keywords, hides, raw",
+    [
+        ({}, False, True),
+        ({"causal": True, "window": 2}, False, True),
+        ({"mask": torch.ones(7, dtype=torch.bool)}, True, True),
+        ({"bias": torch.zeros(7)}, True, False),
+        ({"mask_mod": mask_mod()}, True, True),
+        ({"alibi_slopes": torch.ones(4)}, False, False),
+        ({"softcap": 5}, False, False),
+        ({"sinks": torch.ones(4)}, False, True),
+        ({"dropout_p": 0.5}, False, True),
+        ({"score_mod": score_mod()}, False, False),
+        ({"block_mask": block_mask(5, 7)}, False, True),
+        ({"block_mask": block_mask(5, 7), "causal": True}, True, True),
+        ({"block_mask": block_mask(5, 7), "window": (None, 1)}, True, True),
+        ({"block_mask": block_mask(5, 7), "window": (1, None)}, True, True),
+    ],
+    ids=lambda keywords: " ".join(keywords) if isinstance(keywords, dict) else str(keywords),
 )
-def test_what_is_not_served_yet_is_named_on_every_backend_alike(keyword: dict[str, Any], backend: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{next(iter(keyword))} is not served yet on any backend"):
-        flash_attention(*qkv(), backend=backend, **keyword)
+def test_what_hides_keys_and_what_changes_scores_is_found(keywords: dict[str, Any], hides: bool, raw: bool) -> None:
+    spec = Problem.of(*qkv(), **keywords).spec
+    assert (spec.hides, spec.raw) == (hides, raw)
+    assert spec.softcap == keywords.get("softcap") and spec.dropout_p == keywords.get("dropout_p", 0.0)
+    assert spec.blocks == ((128, 128) if "block_mask" in keywords else None)
 
 
-def test_a_nested_tensor_is_not_served_yet() -> None:
-    nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
-    with pytest.raises(NotImplementedError, match="q is a nested tensor"):
-        flash_attention(nested, nested, nested)
+def seen_within(spans: Spans, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+    """bool [batch|1, heads|1, seqlen_q, seqlen_k]: which pairs the spans do not rule out."""
+    assert all(x.dtype == torch.int32 for x in spans)
+    i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)
+    key_begin, key_end = spans.key_begin[..., None], spans.key_end[..., None]
+    query_begin, query_end = spans.query_begin[..., None, :], spans.query_end[..., None, :]
+    return (j >= key_begin) & (j < key_end) & (i >= query_begin) & (i < query_end)
+
+
+def padding() -> torch.Tensor:
+    """Key padding [3, 1, 1, 7]: keys 2 to 4 but 3, all, none."""
+    mask = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    mask[0, ..., [0, 1, 3, 5, 6]] = False
+    mask[2] = False
+    return mask
+
+
+def test_a_padding_mask_bounds_what_is_seen_and_is_never_expanded() -> None:
+    mask = padding()
+    tensors = qkv(batch=3)
+    mods = Problem.of(*tensors, mask=mask).mods
+    assert mods.mask.numel() == 21
+    assert mods.spans is not None
+    assert mods.spans.key_begin.tolist() == [[[2]], [[0]], [[7]]]
+    assert mods.spans.key_end.tolist() == [[[5]], [[7]], [[0]]]
+    assert mods.spans.query_begin[:, 0].tolist() == [[5, 5, 0, 5, 0, 5, 5], [0] * 7, [5] * 7]
+    assert mods.spans.query_end[:, 0].tolist() == [[0, 0, 5, 0, 5, 0, 0], [5] * 7, [0] * 7]
+    expanded = Problem.of(*tensors, mask=mask.expand(3, 4, 5, 7)).mods.spans  # known by its strides
+    assert expanded is not None
+    assert all(torch.equal(x, y) for x, y in zip(expanded, mods.spans, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 7), (1, 4, 1, 7), (3, 4, 1, 7), (3, 4, 1, 1), (1, 1, 1, 1), (7,), ()], ids=str
+)
+def test_the_spans_of_a_mask_rule_out_no_visible_pair(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape) < 0.3
+    spans = Problem.of(*qkv(batch=3), mask=mask).mods.spans
+    assert spans is not None
+    assert torch.equal(
+        seen_within(spans, 5, 7), mask[(None,) * (4 - mask.dim())].expand(*seen_within(spans, 5, 7).shape)
+    )
+
+
+def test_a_mask_with_an_axis_of_queries_has_no_spans() -> None:
+    assert Problem.of(*qkv(), mask=torch.ones(5, 7, dtype=torch.bool)).mods.spans is None
+
+
+@pytest.mark.parametrize("lengths", [{"seqlen_k": 0}, {"seqlen_q": 0}, {"batch": 0}], ids=str)
+def test_a_mask_of_nothing_is_served(lengths: dict[str, int]) -> None:
+    q, k, v = qkv(**lengths)
+    for mask in (torch.ones(1, dtype=torch.bool), torch.ones(q.shape[0], 1, 1, k.shape[2], dtype=torch.bool)):
+        o = flash_attention(q, k, v, mask=mask, backend="torch")
+        assert o.shape == (*q.shape[:3], 6) and not o.any()
+
+
+def test_the_spans_of_a_mask_function_are_asked_for_and_met_with_the_masks() -> None:
+    ids = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    document = mods.document(ids[2:], ids)
+    alone = Problem.of(*qkv(batch=3), mask_mod=document).mods.spans
+    assert alone is not None
+    same = ids[2:, None] == ids
+    assert torch.equal(seen_within(alone, 5, 7)[0, 0], same)
+    both = Problem.of(*qkv(batch=3), mask_mod=document, mask=padding()).mods.spans
+    assert both is not None
+    found, visible = seen_within(both, 5, 7), same & padding()
+    assert found.shape == visible.shape
+    assert not (visible & ~found).any() and found.sum() < seen_within(alone, 5, 7).sum() * 3
+    assert Problem.of(*qkv(), mask_mod=mask_mod()).mods.spans is None
 
 
 def test_an_unknown_keyword_is_a_type_error() -> None:
@@ -146,8 +398,8 @@ def test_three_dimensions_are_one_head() -> None:
 
 def test_an_offset_beyond_every_length_reads_as_the_farthest_one() -> None:
     q, k, v = qkv()
-    assert Problem.of(q, k, v, q_offset=2**40).q_offset == MAX_SEQLEN
-    assert Problem.of(q, k, v, q_offset=-(2**40)).q_offset == -MAX_SEQLEN
+    assert Problem.of(q, k, v, q_offset=2**40).positions.q_offset == MAX_SEQLEN
+    assert Problem.of(q, k, v, q_offset=-(2**40)).positions.q_offset == -MAX_SEQLEN
     everything = flash_attention(q, k, v)
     assert torch.equal(flash_attention(q, k, v, causal=True, q_offset=2**40), everything)
     assert torch.equal(flash_attention(q, k, v, causal=True, q_offset=-(2**40)), torch.zeros_like(everything))
