@@ -7,6 +7,7 @@ formula, and the guard on the ops raises wherever a gradient or a tangent would 
 
 import ast
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .kernels.spec import Config, Mods, Spec, dense_like
+from .kernels.spec import Blocks, Config, Gradients, Mods, Positions, Spans, Spec, dense_like
 from .problem import Problem
+from .twins import from_handle, handle_of
 
-CALL = "Tensor?[] operands, float scale, SymInt q_offset, str spec, str backend, int[] configs"
+CALL = "Tensor?[] operands, float scale, SymInt[] positions, str spec, str backend, int[] configs"
 
 library = torch.library.Library("flash", "DEF")
 library.define(f"forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse)")
@@ -26,11 +28,43 @@ library.define(
     f"{CALL}, bool[] needs) -> Tensor[]"
 )
 
+PLAIN = Mods._fields[: Mods._fields.index("blocks")]  # operands that are one tensor each
+GROUPS = {"blocks": Blocks, "spans": Spans}
+MODS = ("score_mod", "mask_mod")
+DIFFERENTIABLE = ("bias", "alibi_slopes", "sinks")
+
+
+def flatten(mods: Mods) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
+    """The tensors of Mods in one list, and what it takes to put them back: flags of groups, handles and counts."""
+    operands = [getattr(mods, name) for name in PLAIN]
+    rest: list[Any] = []
+    for name in GROUPS:
+        group = getattr(mods, name)
+        operands += [] if group is None else group
+        rest.append(group is not None)
+    for name in MODS:
+        mod = getattr(mods, name)
+        operands += () if mod is None else mod.args
+        rest.append(None if mod is None else (handle_of(mod), len(mod.args)))
+    return operands, tuple(rest)
+
+
+def unflatten(operands: Sequence[torch.Tensor | None], rest: tuple[Any, ...]) -> Mods:
+    """What `flatten` took apart."""
+    found: dict[str, Any] = dict(zip(PLAIN, operands, strict=False))
+    left = iter(operands[len(PLAIN) :])
+    for (name, group), there in zip(GROUPS.items(), rest[: len(GROUPS)], strict=True):
+        found[name] = group(*(next(left) for _ in group._fields)) if there else None
+    for name, mod in zip(MODS, rest[len(GROUPS) :], strict=True):
+        found[name] = None if mod is None else from_handle(mod[0], tuple(next(left) for _ in range(mod[1])))
+    return Mods(**found)
+
 
 @lru_cache(maxsize=1024)
-def spec_of(text: str) -> Spec:
-    """The Spec that crossed an op's boundary as the text of its values."""
-    return Spec(*ast.literal_eval(text))
+def spec_of(text: str) -> tuple[Spec, tuple[Any, ...]]:
+    """The Spec, and what `unflatten` needs, that crossed an op's boundary as text."""
+    spec, rest = ast.literal_eval(text)
+    return Spec(*spec), rest
 
 
 def configs_of(numbers: Sequence[int]) -> tuple[Config | None, Config | None, Config | None]:
@@ -42,15 +76,19 @@ def configs_of(numbers: Sequence[int]) -> tuple[Config | None, Config | None, Co
 def call_of(problem: Problem) -> tuple[Any, ...]:
     """What an op needs of a Problem beside q, k and v, in the schema's order."""
     numbers = [number for config in problem.configs for number in config or (0, 0, 0, 0)]
-    return list(problem.mods), problem.scale, problem.q_offset, str(tuple(problem.spec)), problem.backend, numbers
+    operands, rest = flatten(problem.mods)
+    text = str((tuple(problem.spec), rest))
+    return operands, problem.scale, list(problem.positions), text, problem.backend, numbers
 
 
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> Problem:
     """The Problem that `call_of` took apart."""
-    operands, scale, q_offset, spec, backend, numbers = call
+    operands, scale, positions, text, backend, numbers = call
+    spec, rest = spec_of(text)
+    mods = unflatten(operands, rest)
     return Problem(
-        q, k, v, Mods(*operands), spec_of(spec), scale, q_offset, backend, configs_of(numbers), one_head=False
-    )
+        q, k, v, mods, spec, scale, Positions(*positions), backend, configs_of(numbers), one_head=False
+    )  # fmt: skip
 
 
 def forward_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,14 +111,16 @@ def backward_impl(
     *rest: Any,
 ) -> list[torch.Tensor]:
     *call, needs = rest
-    gradients = dispatch.backward(problem_of(q, k, v, *call), do, dlse, o, lse, tuple(needs))
+    gradients = dispatch.backward(problem_of(q, k, v, *call), do, dlse, o, lse, Gradients(*needs))
     return [gradient for gradient in gradients if gradient is not None]
 
 
 def backward_fake(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
-    return [torch.empty_like(x) for x, need in zip((q, k, v), rest[-1], strict=True) if need]
+    operands, needs = rest[2], rest[-1]  # after o and lse
+    inputs = (q, k, v, *(operands[PLAIN.index(name)] for name in DIFFERENTIABLE))
+    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
 
 
 def would_lose(x: torch.Tensor) -> bool:
@@ -142,7 +182,7 @@ class AttentionBackward(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """o and lse, differentiable once with respect to q, k and v."""
+    """o and lse, differentiable once with respect to q, k, v, bias, alibi_slopes and sinks."""
 
     @staticmethod
     def forward(
@@ -162,23 +202,29 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, o, lse, *operands = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        asked = ctx.needs_input_grad
+        needs = [*asked[:3], *(asked[4 + PLAIN.index(name)] for name in DIFFERENTIABLE)]
         if do is None:
             do = o.new_zeros(()).expand_as(o)
         outputs = AttentionBackward.apply(do, dlse, q, k, v, o, lse, ctx.call, needs, *operands)  # type: ignore[no-untyped-call]
         found = iter(outputs)
-        gradients = tuple(next(found) if need else None for need in needs)
-        return *gradients, None, *(None for _ in operands)
+        gradients = Gradients(*(next(found) if need else None for need in needs))
+        of_operands = (getattr(gradients, name) if name in DIFFERENTIABLE else None for name in PLAIN)
+        return *gradients[:3], None, *of_operands, *(None for _ in operands[len(PLAIN) :])
 
 
 def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem: through autograd where an input asks for a gradient, through the raw op elsewhere."""
-    q, k, v = problem.q, problem.k, problem.v
+    q, k, v, mods = problem.q, problem.k, problem.v, problem.mods
+    if problem.spec.dropout_p > 0:
+        seed = torch.randint(0, 2**63 - 1, (1,), device=q.device)  # on the device: manual_seed and CUDA graphs reach it
+        problem = replace(problem, mods=mods._replace(seed=seed))
+    inputs = [q, k, v, *(x for x in (getattr(mods, name) for name in DIFFERENTIABLE) if x is not None)]
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (q, k, v)):
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs):
             raise NotImplementedError("torch.func transforms are not served yet; use backward() or torch.autograd.grad")
     operands, *call = call_of(problem)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         o, lse = Attention.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]
     else:
         o, lse = torch.ops.flash.forward(q, k, v, operands, *call)

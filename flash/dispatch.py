@@ -16,11 +16,10 @@ import torch
 from . import fallback
 from ._version import __version__
 from .autotune import tables
-from .kernels.spec import Configs, Mods, Spec
+from .kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
 from .problem import KERNELS, MAX_HEAD_DIM, Problem, check_flag, name_of
 
 PREFERENCE = ("hopper", "triton", "torch")
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +55,7 @@ def interprets_bfloat16() -> bool:
 
     x = torch.full((1, 1, 1, 16), 3.0, dtype=torch.bfloat16)
     config = tables.lookup("interpreter", "forward", "bfloat16", 16, 1, False).config
-    o, _ = kernel(x, x, x, Mods(), Spec(), 1.0, 0, config)
+    o, _ = kernel(x, x, x, Mods(), Spec(), 1.0, Positions(), config)
     return torch.equal(o, x)
 
 
@@ -140,20 +139,37 @@ def chosen(problem: Problem) -> str:
 
 
 def tuned(problem: Problem, kernel: str) -> tables.Choice:
-    """The Config of a kernel for a Problem, the user's or the table's, and why."""
+    """The Config of a kernel for a Problem, the user's or the table's, and why.
+
+    Raises:
+        ValueError: the user's tiles do not divide the blocks of a block mask.
+    """
     given = problem.configs[KERNELS.index(kernel)]
+    blocks = problem.spec.blocks if problem.mods.bad is None else None  # of packed sequences no tile keeps to them
     if given is not None:
+        if blocks is not None and (blocks[0] % given.block_m or blocks[1] % given.block_n):
+            tile = given.block_m, given.block_n
+            raise ValueError(f"config[{kernel!r}] must have tiles that divide block_mask's {blocks}, got {tile}")
         return tables.Choice(given, "given by the caller")
     q, k, v = problem.q, problem.k, problem.v
     head_dim, seqlen = max(q.shape[3], v.shape[3]), max(q.shape[2], k.shape[2])
     call = (kernel, name_of(q.dtype), head_dim, seqlen, problem.spec.causal)
-    return tables.lookup(target_of(q.device), *call, gpu=gpu_of(q.device))
+    found = tables.lookup(target_of(q.device), *call, gpu=gpu_of(q.device))
+    if blocks is None:
+        return found
+    config = found.config
+    # the largest power of two in each; a block is a multiple of 16
+    fits = [min(block & -block, tile) for block, tile in zip(blocks, (config.block_m, config.block_n), strict=True)]
+    if fits == [config.block_m, config.block_n]:
+        return found
+    cut = Config(fits[0], fits[1], config.num_warps, config.num_stages)
+    return tables.Choice(cut, f"{found.reason}; cut to divide block_mask's blocks {blocks}")
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem from the backend that serves it."""
     p = problem
-    call = (p.q, p.k, p.v, p.mods, p.spec, p.scale, p.q_offset)
+    call = (p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions)
     if chosen(p) == "torch":
         return fallback.forward(*call)
     from .kernels import forward as kernels
@@ -167,11 +183,11 @@ def backward(
     dlse: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
-    needs: tuple[bool, bool, bool],
+    needs: Gradients,
 ) -> Gradients:
-    """The wanted gradients of q, k and v from the backend that serves a Problem."""
+    """The wanted gradients of a Problem from the backend that serves it."""
     p = problem
-    call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.q_offset)
+    call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
     if chosen(p) == "torch":
         return fallback.backward(*call, needs)
     from .kernels import backward as kernels

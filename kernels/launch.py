@@ -1,4 +1,4 @@
-"""How a kernel is started: views, sizes, the device guard, and a clear word when a configuration does not fit."""
+"""How a kernel is started: its arguments, its grid, the device guard, and a clear word when a configuration does not fit."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -7,16 +7,11 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from .spec import Config, Shape, Sizes, View
+from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spans, Spec, View
 
 # Lengths are never specialised, so that a new one compiles nothing. They reach a kernel one by one and become a Sizes
 # there, since Triton (3.6 to 3.9) specialises the members of a tuple whatever do_not_specialize says.
 LENGTHS = list(Sizes._fields)
-
-
-def view(x: torch.Tensor) -> View:
-    """A 4-D tensor as one kernel argument."""
-    return View(x, *x.stride())
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
@@ -27,9 +22,82 @@ def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
     return Shape(q.shape[1] // max(k.shape[1], 1), head_dim, head_dim_v, *padded)
 
 
-def sizes_of(q: torch.Tensor, k: torch.Tensor, q_offset: int) -> Sizes:
+def sizes_of(q: torch.Tensor, k: torch.Tensor, mods: Mods, positions: Positions) -> Sizes:
     """The lengths of a call."""
-    return Sizes(q.shape[1], q.shape[2], k.shape[2], q_offset)
+    batch = q.shape[0] if mods.bad is None else mods.bad.shape[0]
+    return Sizes(q.shape[1], q.shape[2], k.shape[2], batch, *positions)
+
+
+def view(x: torch.Tensor, packed: bool = False) -> View:
+    """A 4-D tensor as one kernel argument; of packed sequences, each starts in the same batch element."""
+    stride_b, stride_h, stride_s, stride_d = x.stride()
+    return View(x, 0 if packed else stride_b, stride_h, stride_s, stride_d)
+
+
+def spread(x: torch.Tensor) -> View:
+    """A 4-D tensor whose axes of size 1 stand for any number of indices."""
+    return View(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+def prepare(mods: Mods, spec: Spec) -> tuple[Operands, Spec]:
+    """What kernels are given of Mods, and the Spec with what follows from them."""
+    mask = None if mods.mask is None else mods.mask.view(torch.uint8)
+    slopes = None if mods.alibi_slopes is None else mods.alibi_slopes[:, :, None, None]
+    sinks = None if mods.sinks is None else mods.sinks[None, :, None, None]
+    mask_axes, bias_axes = (
+        (False, False) if x is None else (x.shape[2] > 1, x.shape[3] > 1) for x in (mods.mask, mods.bias)
+    )
+    spec = spec._replace(
+        mask_rows=mask_axes[0],
+        mask_cols=mask_axes[1],
+        bias_rows=bias_axes[0],
+        bias_cols=bias_axes[1],
+        threshold=min(round(spec.dropout_p * 2**32), 2**32 - 1),
+    )
+    return Operands(
+        q_offset=mods.q_offset,
+        mask=None if mask is None else spread(mask),
+        bias=None if mods.bias is None else spread(mods.bias),
+        slopes=None if slopes is None else spread(slopes),
+        sinks=None if sinks is None else spread(sinks),
+        seed=mods.seed,
+        starts_q=mods.starts_q,
+        starts_k=mods.starts_k,
+        bad=None if mods.bad is None else mods.bad.view(torch.uint8),
+        blocks=None if mods.blocks is None else blocks_of(mods.blocks),
+        spans=None if mods.spans is None else Spans(*(spread(x.unsqueeze(3)) for x in mods.spans)),
+        score_fn=None if mods.score_mod is None else mods.score_mod.fn,
+        score_derivative=None if mods.score_mod is None else mods.score_mod.derivative,
+        score_args=None if mods.score_mod is None else mods.score_mod.args,
+        mask_fn=None if mods.mask_mod is None else mods.mask_mod.fn,
+        mask_args=None if mods.mask_mod is None else mods.mask_mod.args,
+    ), spec
+
+
+def blocks_of(blocks: Blocks) -> Blocks:
+    """A block mask as kernels read it."""
+    return blocks._replace(
+        state=spread(blocks.state),
+        keys=spread(blocks.keys),
+        key_counts=spread(blocks.key_counts),
+        queries=spread(blocks.queries),
+        query_counts=spread(blocks.query_counts),
+    )
+
+
+def cut(x: torch.Tensor, mods: Mods, operands: Operands, by_key: bool, block: int) -> tuple[int, Operands]:
+    """How many programs own a tile of `block` queries (or keys) of one head of x, and the operands that tell them which.
+
+    Packed sequences are cut one by one, so that a long one has many programs and an empty one none. How many tiles that
+    makes is known on the device alone: there are as many programs as there can be tiles, and the spare ones do nothing.
+    """
+    batch, heads, seqlen, _ = x.shape
+    if mods.bad is None:
+        return triton.cdiv(seqlen, block) * heads * batch, operands
+    starts = mods.starts_k if by_key else mods.starts_q
+    counts = (starts.diff() + (block - 1)) // block
+    tiles = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    return (seqlen // block + len(mods.bad)) * heads, operands._replace(tiles=tiles)
 
 
 def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any) -> None:

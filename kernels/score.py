@@ -1,21 +1,24 @@
-"""What s_ij is, what its derivative is, and which keys a tile can see: said once, for every kernel.
+"""What s_ij is, what its derivative is, and whether query i sees key j: said once, for every kernel.
 
-    s_ij = scale * q_i . k_j      where key j is visible to query i
-    s_ij = -inf                   elsewhere
+    x_ij = scale * q_i . k_j
+    y_ij = softcap * tanh(x_ij / softcap)
+    z_ij = y_ij + bias_ij - slope * |i + q_offset - j|
+    s_ij = score_mod(z_ij)       where key j is visible to query i
+    s_ij = -inf                  elsewhere
 
-    d s_ij / d (q_i . k_j) = scale
+Each line stands only where its operand is given. A derivative goes up the same lines.
 
 Scores are kept in one of two units. Raw ones are q.k itself: the scale joins log2(e) in the exponent and costs nothing.
-That needs a positive scale and a score that nothing else changes; otherwise scores are in natural units, scale * q.k.
-
-Visible pairs lie within a band of tiles: those that every query sees whole (`full`) run without a mask, those at its
-edges (`partial`) with one, and tiles outside are never loaded.
+That needs a positive scale and a score that nothing else changes; otherwise scores are in natural units.
 """
 
 import triton
 import triton.language as tl
 
+from . import tile
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+EVERY: tl.constexpr = tl.constexpr(-2)  # Blocks.state of a block whose pairs are all visible
 
 
 @triton.jit
@@ -26,74 +29,146 @@ def units(scale, spec: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def score(qk, scale, spec: tl.constexpr):
+def score(qk, at, mods, sizes, scale, spec: tl.constexpr):
     """Scores of a tile of products q.k, in the units of `units`."""
     if spec.raw:
         return qk
     else:
-        return qk * tl.full([], scale, qk.dtype)
+        s = added(capped(qk * tl.full([], scale, qk.dtype), spec), at, mods, sizes, spec)
+        if mods.score_fn is not None:
+            i, j = clamped(at, sizes)
+            s = mods.score_fn(s, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
+        return s
+
+
+@triton.jit
+def gradient(ds, qk, at, mods, sizes, scale, spec: tl.constexpr):
+    """From the gradient of s those of z and of x; where pairs are hidden, they are not yet 0."""
+    dz, dx = ds, ds
+    if not spec.raw:
+        x = qk * tl.full([], scale, qk.dtype)
+        if mods.score_fn is not None:
+            i, j = clamped(at, sizes)
+            z = added(capped(x, spec), at, mods, sizes, spec)
+            dz = ds * mods.score_derivative(z, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
+            dx = dz
+        if spec.softcap is not None:
+            ratio = tanh(x * (1 / spec.softcap))
+            dx = dz * (1.0 - ratio * ratio)
+    return dz, dx
 
 
 @triton.jit
 def derivative(total, scale):
-    """Gradient with respect to q.k, summed over a row or a column, from the same sum with respect to s."""
+    """Gradient with respect to q.k, summed over a row or a column, from the same sum with respect to x."""
     return total * tl.full([], scale, total.dtype)
 
 
 @triton.jit
-def visible(i, j, offset, sizes, spec: tl.constexpr):
+def capped(x, spec: tl.constexpr):
+    """y of x."""
+    if spec.softcap is not None:
+        return spec.softcap * tanh(x * (1 / spec.softcap))
+    else:
+        return x
+
+
+@triton.jit
+def added(y, at, mods, sizes, spec: tl.constexpr):
+    """z of y."""
+    if mods.bias is not None:
+        y += element(mods.bias, at, sizes, spec.bias_rows, spec.bias_cols).to(y.dtype)
+    if mods.slopes is not None:
+        slope = tl.load(tile.origin(mods.slopes, at.b, at.h)).to(y.dtype)
+        y -= slope * distance(at).to(y.dtype)
+    return y
+
+
+@triton.jit
+def distance(at):
+    """How far a key is from the query's own position, on either side."""
+    return tl.abs(at.i + at.offset - at.j)
+
+
+@triton.jit
+def tanh(x):
+    """tanh, to the last bits of x's type: a continued fraction (Lambert 1768) near 0, where exponentials cancel."""
+    TERMS: tl.constexpr = 9 if x.dtype == tl.float64 else 5
+    square = tl.minimum(x * x, 0.5)  # the fraction is used up to there
+    above, below = square * 0.0 + (2 * TERMS + 1), square * 0.0 + 1.0
+    for k in tl.static_range(TERMS):
+        above, below = (2 * TERMS - 1 - 2 * k) * above + square * below, above
+    t = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(x * x < 0.5, x * (below / above), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def clamped(at, sizes):
+    """i and j within their sequence, as user functions get them: they index tensors with them."""
+    return tl.minimum(at.i, sizes.seqlen_q - 1), tl.minimum(at.j, sizes.seqlen_k - 1)
+
+
+@triton.jit
+def element(x, at, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x[b, h, i, j] of a View that may lack an axis of queries or of keys; 0 past the lengths."""
+    base = tile.origin(x, at.b, at.h)
+    if ROWS and COLS:
+        ptrs = base + at.i.to(tl.int64) * x.stride_s + at.j.to(tl.int64) * x.stride_d
+        return tl.load(ptrs, mask=(at.i < sizes.seqlen_q) & (at.j < sizes.seqlen_k), other=0)
+    elif ROWS:
+        return tl.load(base + at.i.to(tl.int64) * x.stride_s, mask=at.i < sizes.seqlen_q, other=0)
+    elif COLS:
+        return tl.load(base + at.j.to(tl.int64) * x.stride_d, mask=at.j < sizes.seqlen_k, other=0)
+    else:
+        return tl.load(base)
+
+
+@triton.jit
+def visible(at, mods, sizes, spec: tl.constexpr):
     """Whether query i sees key j; i and j broadcast against each other in either order."""
-    keep = (i < sizes.seqlen_q) & (j < sizes.seqlen_k)
+    keep = (at.i < sizes.seqlen_q) & (at.j < sizes.seqlen_k)
     if spec.causal:
-        keep &= j <= i + offset
+        keep &= at.j <= at.i + at.offset
+    if spec.right:
+        keep &= at.j - at.i - at.offset <= sizes.right
+    if spec.left:
+        keep &= at.j - at.i - at.offset >= -sizes.left
+    if mods.mask is not None:
+        keep &= element(mods.mask, at, sizes, spec.mask_rows, spec.mask_cols) != 0
+    if mods.bias is not None:
+        keep &= not_lowest(element(mods.bias, at, sizes, spec.bias_rows, spec.bias_cols))
+    if mods.mask_fn is not None:
+        i, j = clamped(at, sizes)
+        keep &= mods.mask_fn(at.b, at.h, i, j, mods.mask_args)
+    if spec.blocks is not None:
+        keep &= in_blocks(at, mods, keep, spec)
     return keep
 
 
 @triton.jit
-def key_band(row, offset, sizes, spec: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys that queries row ... row + BLOCK_M - 1 see: (begin, full_begin, full_end, end) of `band`."""
-    full_end, end = sizes.seqlen_k // BLOCK_N * BLOCK_N, sizes.seqlen_k
-    if spec.causal:
-        last = tl.minimum(row + BLOCK_M, sizes.seqlen_q) - 1
-        full_end = tl.minimum(full_end, tl.maximum(row + offset + 1, 0) // BLOCK_N * BLOCK_N)
-        end = tl.minimum(end, last + offset + 1)
-    return band(0, 0, full_end, end)
-
-
-@triton.jit
-def query_band(col, offset, sizes, spec: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Queries that see keys col ... col + BLOCK_N - 1: (begin, full_begin, full_end, end) of `band`."""
-    begin, full_begin = 0, 0
-    if spec.causal:
-        last = tl.minimum(col + BLOCK_N, sizes.seqlen_k) - 1
-        begin = tl.maximum(col - offset, 0) // BLOCK_M * BLOCK_M
-        full_begin = tl.cdiv(tl.maximum(last - offset, 0), BLOCK_M) * BLOCK_M
-    return band(begin, full_begin, sizes.seqlen_q // BLOCK_M * BLOCK_M, sizes.seqlen_q)
-
-
-@triton.jit
-def band(begin, full_begin, full_end, end):
-    """Tiles [begin, end) whose middle [full_begin, full_end) is full; without a middle, all are partial."""
-    empty = full_begin >= full_end
-    return begin, tl.where(empty, begin, full_begin), tl.where(empty, begin, full_end), end
-
-
-@triton.jit
-def tiles(run, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
-    """How many full or partial tiles a band has."""
-    begin, full_begin, full_end, end = run
-    if PARTIAL:
-        return (full_begin - begin) // BLOCK + tl.cdiv(tl.maximum(end - full_end, 0), BLOCK)
+def not_lowest(bias):
+    """Whether a bias leaves its key visible: -inf and the lowest number of its type, which stands for it, do not."""
+    if bias.dtype == tl.float16:
+        return (bias <= -65504.0) == 0
+    elif bias.dtype == tl.bfloat16:
+        return (bias.to(tl.float32) <= -3.3895313892515355e38) == 0
+    elif bias.dtype == tl.float32:
+        return (bias <= -3.4028234663852886e38) == 0
     else:
-        return (full_end - full_begin) // BLOCK
+        return (bias <= -1.7976931348623157e308) == 0
 
 
 @triton.jit
-def tile_start(run, t, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
-    """Where the t-th full or partial tile of a band starts; partial ones before the full ones come first."""
-    begin, full_begin, full_end, end = run
-    if PARTIAL:
-        before = (full_begin - begin) // BLOCK
-        return tl.where(t < before, begin + t * BLOCK, full_end + (t - before) * BLOCK)
-    else:
-        return full_begin + t * BLOCK
+def in_blocks(at, mods, keep, spec: tl.constexpr):
+    """Whether the block mask shows key j to query i; looked up where `keep`."""
+    QUERIES: tl.constexpr = spec.blocks[0]
+    KEYS: tl.constexpr = spec.blocks[1]
+    WORDS: tl.constexpr = (KEYS + 31) // 32
+    i, j = at.q0 + at.i, at.k0 + at.j
+    state_of = mods.blocks.state
+    ptrs = tile.origin(state_of, at.b, at.h) + (i // QUERIES) * state_of.stride_s + (j // KEYS) * state_of.stride_d
+    state = tl.load(ptrs, mask=keep, other=-1)
+    word = (state.to(tl.int64) * QUERIES + i % QUERIES) * WORDS + j % KEYS // 32
+    bits = tl.load(mods.blocks.bits + word, mask=keep & (state >= 0), other=0)
+    return (state == EVERY) | ((bits >> (j % KEYS % 32)) & 1 != 0)

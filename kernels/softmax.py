@@ -4,12 +4,17 @@
     acc <- acc exp(m_old - m) + p v
     o   = acc / l                    lse = m + log l
 
+A sink is one more score in l, without a value. Dropout leaves l alone and thins out what acc takes in.
+
 (Milakov & Gimelshein 2018, Algorithm 3; Dao 2023, Algorithm 1.) Exponentials are base 2. Half-precision inputs fold the
 unit into one multiply-add; float32 and float64 subtract first, so that large scores keep their last bits.
 """
 
 import triton
 import triton.language as tl
+
+from . import tile
+from .score import LOG2E
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -34,10 +39,29 @@ def step(s, m, l, unit, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, m, l, natural):
-    """(o [M, D], lse [M]); a row without keys has o = 0 and lse = -inf."""
+def finish(acc, m, l, natural, mods, b, h):
+    """(o [M, D], lse [M]); a row without keys has o = 0 and lse = -inf, or the sink."""
+    m = m * natural
+    if mods.sinks is not None:
+        sink = tl.load(tile.origin(mods.sinks, b, h)).to(m.dtype)
+        top = tl.maximum(m, sink)
+        pivot = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2((m - pivot) * LOG2E)
+        l = l * weight + tl.exp2((sink - pivot) * LOG2E)
+        acc = acc * weight[:, None]
+        m = top
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    return o, m * natural + tl.log2(l) * LN2
+    return o, m + tl.log2(l) * LN2
+
+
+@triton.jit
+def thinned(x, at, mods, spec: tl.constexpr):
+    """x with some elements 0 and the others scaled up: drawn by Philox4x32-10 (Salmon et al. 2011), not by the tile."""
+    if spec.dropout_p > 0.0:
+        drawn, _, _, _ = tl.philox(tl.load(mods.seed), at.j, at.i, at.h, at.b)
+        return tl.where(drawn >= spec.threshold, x * (1.0 / (1.0 - spec.dropout_p)), 0.0)
+    else:
+        return x
 
 
 @triton.jit

@@ -128,6 +128,42 @@ class Mods(NamedTuple):
     mask_mod: Any = None  # flash.mods.MaskMod
 
 
+class Operands(NamedTuple):
+    """What a kernel is given of Mods: pointers and Views. An absent one is None and leaves no trace in the code."""
+
+    q_offset: Any = None  # pointer
+    mask: Any = None  # View of bytes
+    bias: Any = None  # View
+    slopes: Any = None  # View; only the first two axes have strides, and of sinks the second
+    sinks: Any = None  # View
+    seed: Any = None  # pointer
+    starts_q: Any = None  # pointer
+    starts_k: Any = None  # pointer
+    bad: Any = None  # pointer to bytes
+    tiles: Any = None  # pointer to int32 [batch + 1]: how many tiles the packed sequences before each one have
+    blocks: Any = None  # Blocks of Views, bits a pointer
+    spans: Any = None  # Spans of Views
+    score_fn: Any = (
+        None  # @triton.jit functions, never constants: a constant of the same name would reuse the old kernel
+    )
+    score_derivative: Any = None
+    score_args: Any = None  # pointers
+    mask_fn: Any = None
+    mask_args: Any = None
+
+
+class Site(NamedTuple):
+    """Where a tile of scores lies."""
+
+    b: Any  # the sequence
+    h: Any  # the query head
+    i: Any  # queries, [M, 1] or [1, M], counted from the sequence's first
+    j: Any  # keys, [1, N] or [N, 1]
+    offset: Any  # position of query 0 among the keys
+    q0: Any  # where the sequence's queries and keys start among the packed ones
+    k0: Any
+
+
 class Gradients(NamedTuple):
     """One thing for each operand that a gradient can be asked for: whether it is, or the gradient (None: not asked)."""
 
@@ -145,12 +181,20 @@ class Spec(NamedTuple):
     causal: bool = False  # key j is visible when j <= i + q_offset; then `right` is False
     left: bool = False  # and when j >= i + q_offset - Positions.left
     right: bool = False  # and when j <= i + q_offset + Positions.right
-    hides: bool = False  # mask, bias, mask_mod or blocks beside another mask: each visited pair is asked if it is visible
+    hides: bool = (
+        False  # mask, bias, mask_mod or blocks beside another mask: each visited pair is asked if it is visible
+    )
     softcap: float | None = None
     dropout_p: float = 0.0
     blocks: tuple[int, int] | None = None  # queries and keys in a block of Mods.blocks
     raw: bool = True  # scores stay q.k up to the exponent; wants a positive scale and nothing that changes a score
     precision: str = "ieee"  # how float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"
+    # What follows from Mods, filled in by `launch.prepare`: whether an operand has an axis of queries, and one of keys.
+    mask_rows: bool = False
+    mask_cols: bool = False
+    bias_rows: bool = False
+    bias_cols: bool = False
+    threshold: int = 0  # dropout_p in units of 2**-32
 
 
 def dense_like(q: torch.Tensor, head_dim_v: int) -> torch.Tensor:

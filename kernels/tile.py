@@ -2,10 +2,15 @@
 
 Offsets are 64-bit. A tile's rows start at a scalar and its lanes add a loop-invariant offset, so that a loop over tiles
 moves one address and not a tile of them.
+
+Sequences may be packed one after another into a batch of one. A program then looks up the sequence that owns its tile;
+rows are counted from the sequence's start, `q0` or `k0`, which is 0 where nothing is packed.
 """
 
 import triton
 import triton.language as tl
+
+from .spec import Sizes
 
 # beyond any length: causal reads the same for all offsets past it, and a tile's end + q_offset stays within 32 bits
 FARTHEST: tl.constexpr = tl.constexpr(2**30 - 2**9)
@@ -19,6 +24,40 @@ def locate(blocks, heads):
 
 
 @triton.jit
+def place(mods, sizes, heads, BY_KEY: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile of BLOCK queries or keys that this program owns: (first row, head, sequence, q0, k0, its Sizes)."""
+    if mods.tiles is None:
+        block, h, b = locate(tl.cdiv(sizes.seqlen_k if BY_KEY else sizes.seqlen_q, BLOCK), heads)
+        return block * BLOCK, h, b, 0, 0, sizes
+    else:
+        tile, h, _ = locate(tl.num_programs(0) // heads, heads)
+        low, high = 0, sizes.batch
+        while high - low > 1:  # tiles[low] <= tile, and tile < tiles[high] where such a sequence exists
+            middle = (low + high) // 2
+            after = tl.load(mods.tiles + middle) <= tile
+            low, high = tl.where(after, middle, low), tl.where(after, high, middle)
+        q0, k0, own = sequence(mods, sizes, low)
+        row = (tile - tl.load(mods.tiles + low)) * BLOCK
+        spare = row >= (own.seqlen_k if BY_KEY else own.seqlen_q)  # more programs than tiles: this one owns no row
+        blind = spare | bad(mods, low)  # hostile lengths may be longer than what is read by them
+        seqlen_q = tl.where(blind if BY_KEY else spare, 0, own.seqlen_q)
+        seqlen_k = tl.where(spare if BY_KEY else blind, 0, own.seqlen_k)
+        own = Sizes(own.heads, seqlen_q, seqlen_k, own.batch, own.q_offset, own.left, own.right)
+        return row, h, low, q0, k0, own
+
+
+@triton.jit
+def sequence(mods, sizes, b):
+    """Where sequence b starts, and its lengths: (q0, k0, Sizes)."""
+    if mods.starts_q is None:
+        return 0, 0, sizes
+    else:
+        q0, k0 = tl.load(mods.starts_q + b), tl.load(mods.starts_k + b)
+        seqlen_q, seqlen_k = tl.load(mods.starts_q + b + 1) - q0, tl.load(mods.starts_k + b + 1) - k0
+        return q0, k0, Sizes(sizes.heads, seqlen_q, seqlen_k, sizes.batch, sizes.q_offset, sizes.left, sizes.right)
+
+
+@triton.jit
 def first_position(mods, sizes, b):
     """Position of query 0 of batch element b among the keys."""
     if mods.q_offset is not None:
@@ -29,9 +68,15 @@ def first_position(mods, sizes, b):
 
 
 @triton.jit
+def origin(x, b, h):
+    """Address of x[b, h, 0, 0]."""
+    return x.ptr + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h
+
+
+@triton.jit
 def pointers(x, b, h, start, rows, dims):
     """Addresses of x[b, h, start + rows, dims]: rows [R], dims [D] -> [R, D]."""
-    base = x.ptr + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h + start.to(tl.int64) * x.stride_s
+    base = origin(x, b, h) + start.to(tl.int64) * x.stride_s
     return base + (rows.to(tl.int64) * x.stride_s)[:, None] + (dims.to(tl.int64) * x.stride_d)[None, :]
 
 
@@ -64,6 +109,21 @@ def finite(x):
 
 
 @triton.jit
+def bad(mods, b):
+    """Whether the lengths of packed sequence b were hostile: it reads nothing, and its rows are NaN."""
+    return tl.load(mods.bad + b) != 0
+
+
+@triton.jit
+def spoiled(x, mods, b):
+    """x, or NaN for a bad sequence."""
+    if mods.bad is None:
+        return x
+    else:
+        return tl.where(bad(mods, b), float("nan"), x)
+
+
+@triton.jit
 def store(x, value, b, h, start, end, DIM: tl.constexpr):
     """Write value [ROWS, BLOCK_D] to x[b, h, start : start + ROWS], without what lies past `end` and DIM."""
     rows, dims = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
@@ -72,16 +132,22 @@ def store(x, value, b, h, start, end, DIM: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(x, sizes, b, h, start, ROWS: tl.constexpr):
-    """Addresses in a dense [batch, heads, seqlen_q] tensor (lse, delta): [ROWS]."""
-    return x + (b.to(tl.int64) * sizes.heads + h) * sizes.seqlen_q + start + tl.arange(0, ROWS)
+def row_pointers(x, b, h, start, ROWS: tl.constexpr):
+    """Addresses of x[b, h, start : start + ROWS, 0], of a View with one number a row: [ROWS]."""
+    return origin(x, b, h) + start.to(tl.int64) * x.stride_s + tl.arange(0, ROWS).to(tl.int64) * x.stride_s
 
 
 @triton.jit
-def load_rows(x, sizes, b, h, start, other, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """x[b, h, start : start + ROWS] of a tensor laid out as lse, `other` past its end where RAGGED: [ROWS]."""
+def load_rows(x, b, h, start, end, other, ROWS: tl.constexpr, RAGGED: tl.constexpr):
+    """x[b, h, start : start + ROWS, 0], `other` past row `end` where RAGGED: [ROWS]."""
     if RAGGED:
-        mask = start + tl.arange(0, ROWS) < sizes.seqlen_q
-        return tl.load(row_pointers(x, sizes, b, h, start, ROWS), mask=mask, other=other)
+        return tl.load(row_pointers(x, b, h, start, ROWS), mask=start + tl.arange(0, ROWS) < end, other=other)
     else:
-        return tl.load(row_pointers(x, sizes, b, h, start, ROWS))
+        return tl.load(row_pointers(x, b, h, start, ROWS))
+
+
+@triton.jit
+def store_rows(x, value, b, h, start, end):
+    """Write value [ROWS] to x[b, h, start : start + ROWS, 0], without what lies past `end`."""
+    mask = start + tl.arange(0, value.shape[0]) < end
+    tl.store(row_pointers(x, b, h, start, value.shape[0]), value, mask=mask)
