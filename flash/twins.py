@@ -144,7 +144,8 @@ def _finish(mod: Any, triton_fns: dict[str, str], torch_fns: dict[str, str]) -> 
                 _check_triton(f"{kind}.{name}", getattr(mod, name), parameters)
             for name, parameters in torch_fns.items():
                 _check_python(f"{kind}.{name}", getattr(mod, name), parameters)
-            handle = f"{getattr(mod.torch_fn or mod.fn, '__name__', kind)}:{len(_handles)}"
+            name = getattr(mod.torch_fn if mod.fn is None else mod.fn, "__name__", kind)
+            handle = f"{name.strip('_')}:{len(_handles)}"
             object.__setattr__(mod, "handle", handle)
             _mods[handle] = _with_args(mod, ())
             _handles[key] = handle
