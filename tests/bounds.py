@@ -14,9 +14,14 @@ delta, of lse) can move a whole row, so these are six standard deviations of one
 
 The floor is 8 eps of the accumulator times the largest number that enters the sum: where standard attention happens to
 be exact (one key), rounding of the sums is still allowed. lse is float32 for half-precision inputs too, and held to it.
+
+The gradient of a bias, slope or sink may be a handful of long sums, and one of them can be exact by luck. Its e_0 is at
+least what chance makes of its terms' errors (`likely`). An operand of another dtype than q's is held to the coarser.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +29,8 @@ import torch
 from flash import reference
 
 RMS = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1.25}
+OPERANDS = ("bias", "alibi_slopes", "sinks")  # those beside q, k and v that have a gradient
+ASIDE = ("max_seqlen_q", "max_seqlen_k", "backend", "config", "deterministic")  # keywords that change no result
 
 
 class Outputs(NamedTuple):
@@ -34,10 +41,14 @@ class Outputs(NamedTuple):
     dq: torch.Tensor | None = None
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
+    dbias: torch.Tensor | None = None
+    dalibi_slopes: torch.Tensor | None = None
+    dsinks: torch.Tensor | None = None
 
 
 class Inputs(NamedTuple):
-    """A call: tensors, the gradients that come back, and the keywords of `flash_attention`."""
+    """A call: tensors, the gradients that come back, and the keywords of `flash_attention`, or those of
+    `flash_attention_varlen` with q [total_q, heads, head_dim]; a `dropout_mask` stands in for dropout_p."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -47,18 +58,42 @@ class Inputs(NamedTuple):
     options: dict[str, Any] = {}  # never written to
 
 
-def differentiate(attention: Any, x: Inputs) -> Outputs:
-    """Run (q, k, v, **options) -> (o, lse) and, where x brings do, its backward pass."""
-    q, k, v = (t.detach().requires_grad_(x.do is not None) for t in (x.q, x.k, x.v))
-    o, lse = attention(q, k, v, **x.options)
+def differentiate(attention: Any, x: Inputs, operands: tuple[str, ...] = OPERANDS) -> Outputs:
+    """Run (q, k, v, **options) -> (o, lse) and, where x brings do, its backward pass, also for these of its options."""
+    names = [name for name in operands if x.options.get(name) is not None] if x.do is not None else []
+    leaves = [t.detach().requires_grad_(x.do is not None) for t in (x.q, x.k, x.v, *(x.options[n] for n in names))]
+    o, lse = attention(*leaves[:3], **{**x.options, **dict(zip(names, leaves[3:], strict=True))})
     if x.do is None:
         return Outputs(o, lse)
     outputs, gradients = [o], [x.do.to(o.dtype)]
     if x.dlse is not None:
         outputs, gradients = [o, lse], [x.do.to(o.dtype), x.dlse.to(lse.dtype)]
-    found = torch.autograd.grad(outputs, (q, k, v), gradients, allow_unused=True)
-    grads = (torch.zeros_like(t) if g is None else g for t, g in zip((q, k, v), found, strict=True))
-    return Outputs(o.detach(), lse.detach(), *grads)
+    found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+    others = {f"d{name}": g for name, g in zip(names, grads[3:], strict=True)}
+    return Outputs(o.detach(), lse.detach(), *grads[:3], **others)
+
+
+def dense_or_packed(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """A dense (q, k, v, **options) -> (o, lse), taught packed sequences and keywords that change no result."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        options = {name: value for name, value in options.items() if name not in ASIDE}
+        if "cu_seqlens_q" not in options:
+            return attend(q, k, v, **options)
+        return reference.one_by_one(attend, q, k, v, options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k"), options)
+
+    return attention
+
+
+def widened(x: Inputs) -> Inputs:
+    """x in float64; what hides a key in a bias, its own dtype's lowest number, becomes -inf."""
+    options = dict(x.options)
+    for name in OPERANDS:
+        if (t := options.get(name)) is not None:
+            lowest = t <= torch.finfo(t.dtype).min if name == "bias" else torch.zeros_like(t, dtype=torch.bool)
+            options[name] = t.detach().double().masked_fill(lowest, float("-inf"))
+    return Inputs(*(None if t is None else t.double() for t in x[:5]), options=options)
 
 
 def oracle(x: Inputs) -> Outputs:
@@ -67,17 +102,21 @@ def oracle(x: Inputs) -> Outputs:
     def attention(*args: Any, **options: Any) -> Any:
         return reference.attention(*args, return_lse=True, **options)
 
-    tensors = (None if t is None else t.double() for t in x[:5])
-    return differentiate(attention, Inputs(*tensors, options=x.options))
+    return differentiate(dense_or_packed(attention), widened(x))
 
 
 def standard(x: Inputs) -> Outputs:
     """Standard attention in the inputs' dtype; lse from float32 scores, as lse itself is float32."""
-    found = differentiate(materialised, x)
+    found = differentiate(dense_or_packed(materialised), x)
     if x.q.dtype in (torch.float16, torch.bfloat16):
-        _, lse = materialised(x.q.float(), x.k.float(), x.v.float(), **x.options)
-        found = found._replace(lse=lse)
+        _, lse = dense_or_packed(materialised)(x.q.float(), x.k.float(), x.v.float(), **x.options)
+        found = found._replace(lse=lse.detach())
     return found
+
+
+def like(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """An operand in the dtype of the scores that it meets."""
+    return x.to(s.dtype)
 
 
 def materialised(
@@ -85,45 +124,127 @@ def materialised(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
     q_offset: int | torch.Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    score_mod: Any = None,
+    dropout_mask: torch.Tensor | None = None,
+    spread: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = like,
+    **hiding: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k^T) v with every score in memory, in q's dtype, and lse."""
+    """softmax(scale q k^T) v with every score in memory, in q's dtype, and lse. An operand meets s by `spread`."""
     _, heads, _, head_dim = q.shape
     k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))
-    s = (q @ k.mT) * (head_dim**-0.5 if scale is None else scale)
-    visible = reference.visibility(reference.Pairs.of(q, k, q_offset), causal=causal).expand(s.shape)
-    empty = ~visible.any(-1, keepdim=True)
-    s = s.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
-    p = s.softmax(-1).masked_fill(empty, 0.0)
+    at = reference.Pairs.of(q, k, q_offset)
+    visible = reference.visibility(at, bias=bias, **hiding)
+    s = reference.contract_head_dim(q, k, visible) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        s = softcap * (s / softcap).tanh()
+    if bias is not None:
+        s = s + spread(bias, s)
+    if alibi_slopes is not None:
+        s = s - spread(alibi_slopes[..., None, None], s) * (at.position - at.j).abs()
+    if score_mod is not None:
+        s = score_mod.torch_fn(s.where(visible, 0.0), at.b, at.h, at.i, at.j, score_mod.args).to(q.dtype)
+    s = s.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        none = s.new_zeros(*s.shape[:3], 1)
+        s = torch.cat((s, none + spread(sinks[:, None, None], none)), -1)
+    empty = (s == float("-inf")).all(-1, keepdim=True)
+    s = s.masked_fill(empty, 0.0)
+    p = s.softmax(-1).masked_fill(empty, 0.0)[..., : k.shape[2]]
+    if dropout_mask is not None:
+        p = p * dropout_mask.to(p.dtype)
     wide = s if s.dtype == torch.float64 else s.float()
-    return p @ v, wide.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
+    lse = wide.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
+    return reference.contract_keys(p, v, visible), lse
+
+
+class Terms(torch.autograd.Function):
+    """An operand spread over the scores; its gradient is not the sum of its terms, but of the squares of their errors.
+
+    The errors of one row of scores go together, as they share lse and delta: they are summed before they are squared.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, s: torch.Tensor, exact: dict[int, torch.Tensor], key: int) -> torch.Tensor:
+        ctx.shape, ctx.exact, ctx.key = x.shape, exact, key
+        return x.to(s.dtype).expand(s.shape)
+
+    @staticmethod
+    def backward(ctx: Any, terms: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        error = terms.double() - ctx.exact.setdefault(ctx.key, terms.double())
+        if ctx.shape[-1:] == (1,):
+            error = error.sum(-1, keepdim=True)
+        return error.square().sum_to_size(ctx.shape), None, None, None
+
+
+def likely(x: Inputs) -> dict[str, torch.Tensor]:
+    """For each gradient of OPERANDS, how wrong the errors of its terms are likely to make each of its sums.
+
+    Errors of different rows are independent, so that their squares add. The rms of n such numbers strays by one in
+    sqrt(2 n); three times that is allowed.
+    """
+    exact: dict[int, torch.Tensor] = {}
+    found = Outputs(x.q, x.q)
+    for q, k, v, do, dlse in (widened(x)[:5], x[:5]):
+        keys = itertools.count()
+
+        def spread(operand: torch.Tensor, s: torch.Tensor, keys: Any = keys) -> torch.Tensor:
+            return Terms.apply(operand, s, exact, next(keys))
+
+        options = {**widened(x).options, "spread": spread}
+        found = differentiate(dense_or_packed(materialised), Inputs(q, k, v, do, dlse, options))
+    squares = {name: t for name, t in found._asdict().items() if name[1:] in OPERANDS and t is not None}
+    return {name: t.sqrt() * (1 + 3 / math.sqrt(2 * t.numel())) for name, t in squares.items() if t.numel()}
 
 
 def rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     return x.square().mean().sqrt() if dim is None else x.square().mean(dim).sqrt()
 
 
+def farthest(x: Inputs) -> float:
+    """The largest distance between a query's position and a key."""
+    lengths = [x.q.shape[-2], x.k.shape[-2]]
+    if "cu_seqlens_q" in x.options:
+        lengths = [int(x.options[name].diff().max()) for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    seqlen_q, seqlen_k = lengths
+    q_offset = x.options.get("q_offset")
+    offset = torch.as_tensor(seqlen_k - seqlen_q if q_offset is None else q_offset).double()
+    return float(torch.maximum((offset + seqlen_q).abs(), (offset - seqlen_k).abs()).max())
+
+
 def floors(x: Inputs) -> dict[str, float]:
     """For each output 8 eps of the accumulator times the largest number that enters its sum."""
     eps = torch.finfo(torch.float64 if x.q.dtype == torch.float64 else torch.float32).eps
     scale = x.options.get("scale")
-    scale = abs(x.q.shape[3] ** -0.5 if scale is None else scale)
+    scale = abs(x.q.shape[-1] ** -0.5 if scale is None else scale)
 
     def most(t: torch.Tensor | None) -> float:
+        t = t.double().where(t > torch.finfo(t.dtype).min, 0.0) if t is not None else None  # the lowest hides
         return float(t.abs().max()) if t is not None and t.numel() else 0.0
 
     def longest(t: torch.Tensor | None) -> float:
         return float(t.double().norm(dim=-1).max()) if t is not None and t.numel() else 0.0
 
-    ds = longest(x.do) * longest(x.v) + most(x.dlse)
+    bias, slopes, sinks = (x.options.get(name) for name in OPERANDS)
+    dropout, distance = x.options.get("dropout_mask"), farthest(x) if slopes is not None else 0.0
+    kept = 1.0 if dropout is None else float(dropout.max()) if dropout.numel() else 0.0
+    product = scale * longest(x.q) * longest(x.k)
+    product = min(product, x.options.get("softcap") or product)
+    ds = kept * longest(x.do) * longest(x.v) + most(x.dlse)
     largest = {
-        "o": most(x.v),
-        "lse": 1.0 + scale * longest(x.q) * longest(x.k),
+        "o": kept * most(x.v),
+        "lse": 1.0 + product + most(bias) + most(slopes) * distance + most(sinks),
         "dq": scale * ds * most(x.k),
         "dk": scale * ds * most(x.q),
-        "dv": most(x.do),
+        "dv": kept * most(x.do),
+        "dbias": ds,
+        "dalibi_slopes": ds * distance,
+        "dsinks": ds,
     }
     return {name: 8 * eps * value for name, value in largest.items()}
 
@@ -139,17 +260,32 @@ def complaints(got: Outputs, x: Inputs, saturated: bool = False) -> list[str]:
         finite = want.lse[want.lse.isfinite()]
         largest_score = max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
         floor = {name: value * (1.0 if name == "lse" else largest_score) for name, value in floor.items()}
+    chance = likely(x) if any(getattr(got, f"d{name}") is not None for name in OPERANDS) else {}
     lines: list[str] = []
     for name in Outputs._fields:
         if getattr(want, name) is not None and getattr(got, name) is not None:
             args = (getattr(t, name).detach() for t in (got, want, plain))
-            dtype = torch.float32 if name == "lse" and x.q.dtype != torch.float64 else x.q.dtype
-            lines += [f"{name}: {line}" for line in judge(*args, dtype, floor[name])]
+            lines += [f"{name}: {line}" for line in judge(*args, rule_of(name, x), floor[name], chance.get(name))]
     return lines
 
 
-def judge(got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype, floor: float) -> list[str]:
-    """The rules that one output breaks, held to the rule of `dtype`."""
+def rule_of(name: str, x: Inputs) -> torch.dtype:
+    """The dtype to whose rule an output is held: the coarser one of q and the operand whose gradient it is."""
+    if name == "lse":
+        return torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    own = x.options[name[1:]].dtype if name[1:] in OPERANDS else x.q.dtype
+    return max(x.q.dtype, own, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def judge(
+    got: torch.Tensor,
+    want: torch.Tensor,
+    plain: torch.Tensor,
+    dtype: torch.dtype,
+    floor: float,
+    chance: torch.Tensor | None = None,
+) -> list[str]:
+    """The rules that one output breaks, held to the rule of `dtype`; chance: errors that `plain` escaped by luck."""
     if got.shape != want.shape or got.dtype != plain.dtype:
         return [f"is {got.dtype} {list(got.shape)}, not {plain.dtype} {list(want.shape)}"]
     got, plain = got.double(), plain.double()
@@ -160,6 +296,8 @@ def judge(got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor, dtype: tor
     error, standard_error = ((t - want).masked_fill(want.isinf(), 0.0).abs() for t in (got, plain))
     if not want.numel():
         return []
+    if chance is not None:
+        standard_error = torch.maximum(standard_error, chance)
     largest = float(want.masked_fill(want.isinf(), 0.0).abs().max())
     if dtype == torch.float64:
         limits = {"max": (float(error.max()), 1e-12 * (1 + largest))}
