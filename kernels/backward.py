@@ -222,7 +222,7 @@ def backward(
 
 
 def of_slopes(dslopes: torch.Tensor, mods: Mods) -> torch.Tensor:
-    """The gradient of the slopes from each query's share [batch, heads, seqlen_q], or of packed ones [1, heads, total]."""
+    """The gradient of the slopes from each query's share, [batch, heads, seqlen_q] or packed [1, heads, total_q]."""
     slopes = mods.alibi_slopes
     if mods.bad is not None and slopes.shape[0] > 1:
         starts = torch.nn.functional.pad(mods.starts_q, (1, 0))  # and rows of no sequence in front of the first

@@ -1,4 +1,4 @@
-"""How a kernel is started: its arguments, its grid, the device guard, and a clear word when a configuration does not fit."""
+"""How a kernel is started: its arguments, its grid, the device guard, and a clear word when a Config does not fit."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -86,7 +86,7 @@ def blocks_of(blocks: Blocks) -> Blocks:
 
 
 def cut(x: torch.Tensor, mods: Mods, operands: Operands, by_key: bool, block: int) -> tuple[int, Operands]:
-    """How many programs own a tile of `block` queries (or keys) of one head of x, and the operands that tell them which.
+    """How many programs own tiles of `block` queries, or keys, of x, and the operands that tell them which.
 
     Packed sequences are cut one by one, so that a long one has many programs and an empty one none. How many tiles that
     makes is known on the device alone: there are as many programs as there can be tiles, and the spare ones do nothing.

@@ -78,7 +78,7 @@ class Blocks(NamedTuple):
     """A block-sparse mask over blocks of queries and keys, [batch or 1, heads or 1, ...], int32.
 
     Args:
-        state: [.., query blocks, key blocks]; -1 where no pair is visible, -2 where every pair is, else an index of bits.
+        state: [.., query blocks, key blocks]; -1 where no pair is visible, -2 where all are, else an index of bits.
         bits: [partial blocks, queries of a block, ceil(keys of a block / 32)], bit j % 32 of word j // 32 for key j.
         keys: [.., query blocks, key blocks], for each query block the key blocks that it sees: whole ones, then others.
         key_counts: [.., query blocks, 2], how many it sees whole, and how many in part.
@@ -95,7 +95,7 @@ class Blocks(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Bounds on what is visible, so that tiles beyond them are never loaded; int32 [batch or 1, heads or 1, seqlen or 1].
+    """Bounds on what is visible, so that tiles beyond are never loaded; int32 [batch or 1, heads or 1, seqlen or 1].
 
     Args:
         key_begin: of each query, the first key that it may see.
