@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from flash import flash_attention, flash_attention_varlen, mods, reference
 from flash.problem import Problem
+from tests.philox import dropout_mask
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
 LENGTHS_Q, LENGTHS_K = (5, 0, 9, 3), (7, 4, 9, 0)
@@ -226,8 +227,6 @@ def test_every_keyword_reaches_each_sequence(name: str, backend: str, place: Pla
     found = gradients(flash_attention_varlen, call, backend=backend)
     wanted = dict(call)
     if dropout_p := wanted.pop("dropout_p", None):
-        from tests.philox import dropout_mask
-
         torch.manual_seed(3)
         seed = int(torch.randint(0, 2**63 - 1, (1,), device=device))
         wanted["dropout_mask"] = dropout_mask(seed, dropout_p, 4, 4, 9, 9).to(device)
