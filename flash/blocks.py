@@ -49,7 +49,7 @@ def blocks_of(block_mask: "BlockMask", batch: int, heads: int, seqlen_q: int, se
     cache = block_mask.__dict__.setdefault("_flash_blocks", {})
     marks = _marks(block_mask)
     found = cache.get((seqlen_q, seqlen_k))
-    if found is None or len(found[0]) != len(marks) or False:
+    if found is None or not all(map(_same, found[0], marks)):
         found = cache[seqlen_q, seqlen_k] = marks, _build(block_mask, seqlen_q, seqlen_k)
     blocks: Blocks = found[1]
     shape = tuple(blocks.state.shape[:2])
@@ -113,7 +113,7 @@ def _packed(seen: torch.Tensor) -> torch.Tensor:
 
 def _ordered(kind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of each row by kind (0 whole, 1 in part, 2 not visible), ascending within one, and counts [.., 2]."""
-    order = kind.argsort(dim=-1, stable=True).to(torch.int32)
+    order = kind.contiguous().argsort(dim=-1, stable=True).to(torch.int32)  # dense, as kernels walk it
     return order, torch.stack([(kind == n).sum(-1, dtype=torch.int32) for n in (0, 1)], -1)
 
 
@@ -126,7 +126,6 @@ def _build(block_mask: "BlockMask", seqlen_q: int, seqlen_k: int) -> Blocks:
     whole = torch.zeros_like(partial)
     if whole_counts is not None:
         whole = _dense(whole_counts, whole_indices, rows, cols)
-        partial &= ~whole
     # kernels load whole blocks without a mask: those that overrun the lengths are asked for bits
     overrun = torch.zeros_like(whole)
     overrun[:, :, seqlen_q // block_q :] = True

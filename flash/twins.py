@@ -138,18 +138,26 @@ def _finish(mod: Any, triton_fns: dict[str, str], torch_fns: dict[str, str]) -> 
         got = tuple(type(x).__name__ for x in mod.args) if isinstance(mod.args, tuple) else type(mod.args).__name__
         raise TypeError(f"{kind}.args must be a tuple of tensors, got {got}")
     key = (id(type(mod)), *(id(getattr(mod, name)) for name in (*triton_fns, *torch_fns)))
+    handle = _handles.get(key)
+    if handle is None:
+        for name, parameters in triton_fns.items():
+            _check_triton(f"{kind}.{name}", getattr(mod, name), parameters)
+        for name, parameters in torch_fns.items():
+            _check_python(f"{kind}.{name}", getattr(mod, name), parameters)
+        handle = _enter(mod, key)
+    object.__setattr__(mod, "handle", handle)
+
+
+def _enter(mod: Any, key: tuple[int, ...]) -> str:
+    """The handle of functions that were not known; of two threads that bring the same ones, the first decides."""
     with _lock:
         if key not in _handles:
-            for name, parameters in triton_fns.items():
-                _check_triton(f"{kind}.{name}", getattr(mod, name), parameters)
-            for name, parameters in torch_fns.items():
-                _check_python(f"{kind}.{name}", getattr(mod, name), parameters)
-            name = getattr(mod.torch_fn if mod.fn is None else mod.fn, "__name__", kind)
+            name = getattr(mod.torch_fn if mod.fn is None else mod.fn, "__name__", type(mod).__name__)
             handle = f"{name.strip('_')}:{len(_handles)}"
-            object.__setattr__(mod, "handle", handle)
             _mods[handle] = _with_args(mod, ())
+            object.__setattr__(_mods[handle], "handle", handle)
             _handles[key] = handle
-    object.__setattr__(mod, "handle", _handles[key])
+        return _handles[key]
 
 
 def _is_jit(fn: Any) -> bool:

@@ -45,7 +45,7 @@ def check(blocks: Blocks, sizes: tuple[int, int], want: torch.Tensor) -> None:
     padded = torch.nn.functional.pad(want, (0, -seqlen_k % sizes[1], 0, -seqlen_q % sizes[0]))
     tiles = padded.unflatten(3, (-1, sizes[1])).unflatten(2, (-1, sizes[0]))
     some, every = (f(f(tiles, dim=5), dim=3) for f in (torch.any, torch.all))
-    assert blocks.state.shape == some.shape and all(x.dtype == torch.int32 for x in blocks)
+    assert blocks.state.shape == some.shape and all(x.dtype == torch.int32 and x.is_contiguous() for x in blocks)
     assert not (blocks.state == module.WHOLE)[~every].any()  # none runs past the lengths
     used = blocks.state[blocks.state >= 0]
     assert used.sort().values.tolist() == list(range(len(blocks.bits)))
