@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flash import reference
-from flash.kernels.spec import Config, Configs, Mods, Spec
+from flash.kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
 
 from .tables import KERNELS, lookup
 
@@ -133,8 +133,7 @@ def outputs(job: Job, call: Call) -> dict[str, torch.Tensor]:
     o, lse = forward()
     if job.kernel == "forward":
         return {"o": o, "lse": lse}
-    gradients = zip(("dq", "dk", "dv"), backward(o, lse), strict=True)
-    return {name: x for name, x in gradients if x is not None}
+    return {f"d{name}": x for name, x in backward(o, lse)._asdict().items() if x is not None}
 
 
 def _kernels(job: Job, call: Call) -> tuple[Callable[[], Any], Callable[[torch.Tensor, torch.Tensor], Any]]:
@@ -144,17 +143,17 @@ def _kernels(job: Job, call: Call) -> tuple[Callable[[], Any], Callable[[torch.T
 
     precision = "tf32x3" if job.dtype == "float32" and job.target.startswith("cuda:") else "ieee"
     spec, scale = Spec(causal=job.causal, precision=precision), job.head_dim**-0.5
-    q_offset = call.k.shape[2] - call.q.shape[2]
+    positions = Positions(q_offset=call.k.shape[2] - call.q.shape[2])
     others = {k: lookup(job.target, k, job.dtype, job.head_dim, job.seqlen, job.causal).config for k in KERNELS}
     configs = Configs(**{**others, job.kernel: job.config})
-    needs = (job.kernel == "dq", job.kernel == "dkdv", job.kernel == "dkdv")
+    needs = Gradients(job.kernel == "dq", job.kernel == "dkdv", job.kernel == "dkdv")
     q, k, v, do, _ = call
 
     def run_forward() -> Any:
-        return forward(q, k, v, Mods(), spec, scale, q_offset, configs.forward)
+        return forward(q, k, v, Mods(), spec, scale, positions, configs.forward)
 
     def run_backward(o: torch.Tensor, lse: torch.Tensor) -> Any:
-        return backward(do, None, q, k, v, o, lse, Mods(), spec, scale, q_offset, configs, needs)
+        return backward(do, None, q, k, v, o, lse, Mods(), spec, scale, positions, configs, needs)
 
     return run_forward, run_backward
 

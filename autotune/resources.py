@@ -15,13 +15,19 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flash.kernels.spec import Config, Mods, Shape, Sizes, Spec, View
+import torch
+
+from flash.kernels.spec import Blocks, Config, Operands, Shape, Sizes, Spans, Spec, View
 
 from .listing import Loop, matrix_loops
-from .space import Variant
+from .space import FEATURES, Variant
 from .tables import HEAD_DIMS, ITEMSIZE, lookup, shared_limit
 
-POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64"}
+TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+POINTER_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"} | {
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 TENSOR_MEMORY = 512  # columns that one program may have on sm_100
 EMPTY_KERNEL = 16  # a kernel of fewer registers than this has lost its body
 
@@ -78,7 +84,7 @@ def report(target: str, kernel: str, variant: Variant, config: Config, listing: 
 
     Args:
         target: "cuda:80", "cuda:90", "cuda:100", "hip:gfx942", ...
-        kernel: "forward", "delta", "dkdv" or "dq".
+        kernel: "forward", "delta", "dkdv", "dq" or "dbias".
         variant: the call.
         config: the tiles.
         listing: whether to read the loops out of the disassembled kernel too.
@@ -104,7 +110,7 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
 
     Args:
         target: "cuda:90", "hip:gfx942".
-        kernel: "forward", "delta", "dkdv" or "dq".
+        kernel: "forward", "delta", "dkdv", "dq" or "dbias".
         variant: the call.
         config: the tiles.
 
@@ -138,9 +144,10 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
 
 
 def _function(kernel: str) -> Any:
-    from flash.kernels import backward, forward
+    from flash.kernels import backward, bias, forward
 
     functions = {
+        "dbias": bias.dbias_kernel,
         "forward": forward.forward_kernel,
         "delta": backward.delta_kernel,
         "dkdv": backward.dkdv_kernel,
@@ -149,64 +156,131 @@ def _function(kernel: str) -> Any:
     return functions[kernel]
 
 
+class _Leaf(NamedTuple):
+    """One number of a kernel's arguments: its type, or the constant it is."""
+
+    type: str
+    constant: Any = None
+    divisible: bool = False  # by 16, as addresses and most strides are
+
+
+_NONE = _Leaf("constexpr")
+
+
+def _pointer(type: str) -> _Leaf:
+    return _Leaf(f"*{type}", divisible=True)
+
+
+def _view(pointer: str, aligned: bool) -> View:
+    stride = _Leaf("i32", divisible=aligned)
+    return View(_pointer(pointer), stride, stride, stride, _Leaf("constexpr", 1))
+
+
 def _specialise(
     function: Any, target: str, variant: Variant, config: Config
 ) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """(types, constants, divisibilities) of a kernel's arguments, as the launcher would find them for dense tensors."""
-    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
-    divisible: list[tuple[int, ...]] = []
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def types_of(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, _Leaf):
+            if value.type == "constexpr":
+                constants[path] = value.constant
+            elif value.divisible:
+                attributes[path] = [["tt.divisibility", 16]]
+            return value.type
+        members = [types_of(member, (*path, place)) for place, member in enumerate(value)]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+
     values = _arguments(target, variant, config)
-    for at, name in enumerate(function.arg_names):
-        value = values[name]
-        if isinstance(value, View):
-            head_dim = variant.head_dim_v if name in ("v", "o", "do", "dv") else variant.head_dim
-            signature[name] = value
-            constants[(at, 4)] = 1
-            divisible.append((at, 0))
-            if head_dim % 16 == 0:
-                divisible += [(at, axis) for axis in (1, 2, 3)]
-            elif name == "dlse":
-                constants[(at, 3)] = 1
-        elif isinstance(value, Mods):
-            signature[name] = Mods(*("constexpr" if operand is None else operand for operand in value))
-            for place, operand in enumerate(value):
-                if operand is None:
-                    constants[(at, place)] = None
-                else:
-                    divisible.append((at, place))
-        elif isinstance(value, str):
-            signature[name] = value
-            if value.startswith("*"):
-                divisible.append((at,))
-        else:
-            signature[name] = "constexpr"
-            constants[(at,)] = value
-    return signature, constants, {place: [["tt.divisibility", 16]] for place in divisible}
+    signature = {name: types_of(values[name], (at,)) for at, name in enumerate(function.arg_names)}
+    return signature, constants, attributes
 
 
 def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
-    """What each parameter of the kernels is given: its type, or, of a constant, its value."""
-    pointer = POINTERS[variant.dtype]
-    acc = "*fp64" if variant.dtype == "float64" else "*fp32"
-    strides: Any = ("i32", "i32", "i32", "constexpr")
-    view = View(pointer, *strides)
-    dlse = View(acc, *strides) if variant.dlse else None
+    """What each parameter of the kernels is given, as a tree of _Leaf."""
+    dtype, acc = TYPES[variant.dtype], "fp64" if variant.dtype == "float64" else "fp32"
+    wide, wide_v = (_view(dtype, head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
+    one, stride = _Leaf("constexpr", 1), _Leaf("i32")
+    rows = View(_pointer(acc), stride, stride, one, one)
     precision = "tf32x3" if variant.dtype == "float32" and target.startswith("cuda:") else "ieee"
     padded = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
+    operands, chosen = _features(variant)
+    spec = Spec(causal=variant.causal, raw=variant.raw, precision=precision)._replace(**chosen)
+    shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
+    constants = {"spec": spec, "shape": shape, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     return {
-        **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), view),
-        "dlse": dlse,
-        "lse": acc,
-        "delta": acc,
-        "mods": Mods("*i32" if variant.q_offset else None),
-        **dict.fromkeys(Sizes._fields, "i32"),
-        "scale": "fp64",
-        "spec": Spec(variant.causal, variant.raw, precision),
-        "shape": Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
+        **dict.fromkeys(("q", "k", "dq", "dk"), wide),
+        **dict.fromkeys(("v", "o", "do", "dv"), wide_v),
+        **dict.fromkeys(("lse", "delta"), rows),
+        "dbias": _view(acc, True),
+        "dlse": rows if variant.dlse else _NONE,
+        "dslopes": rows if "alibi" in variant.features else _NONE,
+        "mods": operands,
+        **dict.fromkeys((*Sizes._fields, "bias_batch", "bias_heads", "pairs", "strips"), _Leaf("i32")),
+        "scale": _Leaf("fp64"),
+        **{name: _Leaf("constexpr", value) for name, value in constants.items()},
     }
+
+
+def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
+    """The operands that a variant's features bring, and what they change in Spec."""
+    from flash import mods
+
+    dtype, integer = TYPES[variant.dtype], _pointer("i32")
+    operands: dict[str, Any] = dict.fromkeys(Operands._fields, _NONE)
+    spec: dict[str, Any] = {}
+    if variant.q_offset:
+        operands["q_offset"] = integer
+    for feature in variant.features:
+        if feature == "window":
+            spec |= {"left": True, "right": not variant.causal}
+        elif feature == "mask":
+            operands["mask"] = _view("u8", False)
+            spec |= {"hides": True, "mask_rows": True, "mask_cols": True}
+        elif feature == "padding":
+            operands["mask"] = _view("u8", False)
+            operands["spans"] = Spans(*(_view("i32", False) for _ in Spans._fields))
+            spec |= {"hides": True, "mask_cols": True}
+        elif feature == "bias":
+            operands["bias"] = _view(dtype, True)
+            spec |= {"hides": True, "bias_rows": True, "bias_cols": True, "raw": False}
+        elif feature == "alibi":
+            operands["slopes"] = _view("fp32", False)
+            spec |= {"raw": False}
+        elif feature == "softcap":
+            spec |= {"softcap": 50.0, "raw": False}
+        elif feature == "sinks":
+            operands["sinks"] = _view(dtype, False)
+        elif feature == "dropout":
+            operands["seed"] = _pointer("i64")
+            spec |= {"dropout_p": 0.1, "threshold": round(0.1 * 2**32)}
+        elif feature == "score_mod":
+            mod = mods.tanh_softcap(50.0)
+            operands |= {
+                "score_fn": _Leaf("constexpr", mod.fn),
+                "score_derivative": _Leaf("constexpr", mod.derivative),
+                "score_args": tuple(_pointer(POINTER_OF[x.dtype]) for x in mod.args),
+            }
+            spec |= {"raw": False}
+        elif feature == "mask_mod":
+            mask_mod = mods.dilated_window(4, 2)
+            operands |= {
+                "mask_fn": _Leaf("constexpr", mask_mod.fn),
+                "mask_args": tuple(_pointer(POINTER_OF[x.dtype]) for x in mask_mod.args),
+            }
+            spec |= {"hides": True}
+        elif feature == "blocks":
+            view = _view("i32", False)
+            operands["blocks"] = Blocks(view, integer, view, view, view, view)
+            spec |= {"blocks": (128, 128)}
+        elif feature == "packed":
+            names = ("q_offset", "starts_q", "starts_k", "tiles")
+            operands |= dict.fromkeys(names, integer) | {"bad": _pointer("u8")}
+        else:
+            raise ValueError(f"features must be among {', '.join(FEATURES)}, got {feature!r}")
+    return Operands(**operands), spec
 
 
 def _target_of(compiled: Any, backend: str) -> str:
@@ -283,7 +357,7 @@ def describe(what: str, made: Report) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line: report on one kernel for one or more targets; 1 where one would not launch."""
     parser = argparse.ArgumentParser(prog="python -m flash.autotune.resources", description=__doc__.split("\n")[0])
-    parser.add_argument("kernel", choices=("forward", "delta", "dkdv", "dq"))
+    parser.add_argument("kernel", choices=("forward", "delta", "dkdv", "dq", "dbias"))
     parser.add_argument(
         "--target", action="append", help="cuda:80, cuda:90 (default), cuda:100, hip:gfx942; may repeat"
     )
@@ -294,20 +368,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group", type=int, default=1, help="query heads that share a key head")
     parser.add_argument("--q-offset", action="store_true", help="offsets read from a tensor")
     parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (delta)")
+    parser.add_argument("--feature", action="append", choices=FEATURES, help="of the score; may repeat")
     parser.add_argument("--config", help="block_m,block_n,num_warps,num_stages; absent = the tables'")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     head_dim_v = options.head_dim_v or options.head_dim
     variant = Variant(
         options.dtype, options.head_dim, head_dim_v, options.causal, options.group,
-        q_offset=options.q_offset, dlse=options.dlse,
+        q_offset=options.q_offset, dlse=options.dlse, features=tuple(options.feature or ()),
     )  # fmt: skip
     status = 0
     for target in options.target or ["cuda:90"]:
         if options.config:
             config = Config(*map(int, options.config.split(",")))
         else:
-            name = "dq" if options.kernel == "delta" else options.kernel
+            name = "dq" if options.kernel in ("delta", "dbias") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)
             config = lookup(target, name, options.dtype, head_dim, 8192, options.causal).config
         made = report(target, options.kernel, variant, config, listing=True)

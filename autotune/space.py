@@ -16,6 +16,12 @@ WALKED = (128, 64, 32, 16)
 RAGGED = {16: 8, 32: 24, 64: 40, 128: 104, 256: 200, 512: 328}  # of each bucket, a head_dim that is no multiple of 16
 
 
+FEATURES = (
+    "window", "mask", "padding", "bias", "alibi", "softcap", "sinks", "dropout", "score_mod", "mask_mod", "blocks",
+    "packed",
+)  # fmt: skip
+
+
 class Variant(NamedTuple):
     """What the compiler knows of a call.
 
@@ -28,6 +34,7 @@ class Variant(NamedTuple):
         raw: whether scores stay in units of q.k (a positive scale).
         q_offset: whether offsets are read from a tensor.
         dlse: whether lse has a gradient (the delta kernel's).
+        features: names of FEATURES, what else makes or hides a score.
     """
 
     dtype: str
@@ -38,6 +45,7 @@ class Variant(NamedTuple):
     raw: bool = True
     q_offset: bool = False
     dlse: bool = False
+    features: tuple[str, ...] = ()
 
 
 def candidates(target: str, kernel: str, dtype: str, head_dim: int) -> tuple[Config, ...]:

@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("flash", "flash/kernels", "flash/autotune")
 
+KERNEL_PARTS = tuple(f"flash.kernels.{name}" for name in ("spec", "launch", "tile", "score", "band", "softmax"))
+
 # Module: what of this library it may import. The first pattern that fits a module counts; "x.*" covers x too.
 ARROWS = {
     "flash._version": (),
@@ -21,22 +23,26 @@ ARROWS = {
     "flash.kernels.launch": ("flash.kernels.spec",),
     "flash.kernels.tile": ("flash.kernels.spec",),
     "flash.kernels.score": ("flash.kernels.spec", "flash.kernels.tile"),
+    "flash.kernels.band": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.softmax": ("flash.kernels.spec", "flash.kernels.tile", "flash.kernels.score"),
-    "flash.kernels.*": (
-        "flash.kernels.spec",
-        "flash.kernels.launch",
-        "flash.kernels.tile",
-        "flash.kernels.score",
-        "flash.kernels.softmax",
-    ),
-    "flash.mods": ("flash.kernels.spec",),
+    "flash.kernels.bias": KERNEL_PARTS,
+    "flash.kernels.forward": KERNEL_PARTS,
+    "flash.kernels.*": (*KERNEL_PARTS, "flash.kernels.bias"),
+    "flash.twins": ("flash.kernels.spec",),
+    "flash.mods": ("flash.kernels.spec", "flash.twins"),
+    "flash.blocks": ("flash.kernels.spec",),
+    "flash.philox": (),
     "flash.reference": ("flash.mods",),
     "flash.autotune.tables": ("flash.kernels.spec",),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
-    "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*"),
+    "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*", "flash.mods"),
     "flash.autotune.*": ("flash.kernels.*", "flash.autotune.*", "flash.reference"),  # tools: no call passes through
-    "flash.problem": ("flash.kernels.spec", "flash.mods"),
-    "flash.fallback": ("flash.kernels.spec", "flash.mods", "flash.problem"),
+    "flash.checks": ("flash.kernels.spec", "flash.twins", "flash.mods", "flash.blocks"),
+    "flash.problem": ("flash.kernels.spec", "flash.checks", "flash.mods", "flash.twins", "flash.blocks"),
+    "flash.tiling": ("flash.kernels.spec", "flash.mods"),
+    "flash.scoring": ("flash.kernels.spec", "flash.philox", "flash.tiling"),
+    "flash.fused": ("flash.kernels.spec", "flash.tiling", "flash.scoring"),
+    "flash.fallback": ("flash.kernels.spec", "flash.problem", "flash.tiling", "flash.scoring", "flash.fused"),
     "flash.dispatch": (
         "flash._version",
         "flash.kernels.*",
@@ -45,7 +51,7 @@ ARROWS = {
         "flash.problem",
         "flash.fallback",
     ),
-    "flash.autograd": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch"),
+    "flash.autograd": ("flash.kernels.spec", "flash.mods", "flash.twins", "flash.problem", "flash.dispatch"),
     "flash.attention": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.decode": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.ring": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
