@@ -29,6 +29,7 @@ def blocks_of(block_mask: "BlockMask", batch: int, heads: int, seqlen_q: int, se
 
     The first time costs one host-device synchronisation, O(blocks) memory and one bit for each pair in partial blocks.
     Later, the BlockMask's tensors and its mask_mod are looked at for changes, but not what its mask_mod closes over.
+    Under torch.compile(fullgraph=True) the first time must have been before.
 
     Args:
         block_mask: of [batch or 1, heads or 1, query blocks, key blocks]; missing leading axes are 1. Where an axis is
@@ -67,12 +68,15 @@ def _lists(block_mask: "BlockMask") -> tuple[Any, ...]:
 def _marks(block_mask: "BlockMask") -> list[tuple[Any, int]]:
     """What a cached result depends on, with its version."""
     parts = (*_lists(block_mask), block_mask.mask_mod)
+    if torch.compiler.is_compiling():  # versions are hidden from it
+        return [(x, -1) for x in parts]
     counted = (isinstance(x, torch.Tensor) and not x.is_inference() for x in parts)
     return [(x, x._version if count else 0) for x, count in zip(parts, counted, strict=True)]
 
 
-def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
-    return one[0] is other[0] and one[1] == other[1]
+def _same(kept: tuple[Any, int], now: tuple[Any, int]) -> bool:
+    """Whether a mark is what it was; -1 goes with any version."""
+    return kept[0] is now[0] and now[1] in (kept[1], -1)
 
 
 def _four(x: torch.Tensor, dims: int) -> torch.Tensor:

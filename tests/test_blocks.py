@@ -223,3 +223,10 @@ def test_memory_is_that_of_the_blocks_and_their_bits() -> None:
         found = blocks_of(mask, 1, 1, n, n)
     assert found.bits.shape == (rows, size, size // 32) and found.state.shape == (1, 1, rows, rows)
     assert largest <= 8 * module.PAIRS < n * n
+
+
+def test_compiled_code_reads_a_block_mask_that_it_met_before() -> None:
+    mask = create_block_mask(MASKS["causal"], None, None, 64, 64, device="cpu", BLOCK_SIZE=32)
+    want = blocks_of(mask, 1, 1, 64, 64)
+    found = torch.compile(lambda: blocks_of(mask, 1, 1, 64, 64).bits + 1, backend="aot_eager", fullgraph=True)()
+    assert torch.equal(found, want.bits + 1)

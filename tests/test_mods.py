@@ -301,6 +301,18 @@ def test_tables_too_small_for_a_call_are_named(make: Callable[[], Any], sizes: A
             make().fit(*sizes)
 
 
+def test_mods_are_made_in_compiled_code() -> None:
+    b, _, i, j = grid(LENGTH, LENGTH)
+
+    def visible(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mod = mods.document(ids)
+        return mod.torch_fn(b, b, i, j, mod.args), mod.spans(LENGTH, LENGTH, mod.args).key_end
+
+    want = visible(torch.tensor(IDS))
+    found = torch.compile(visible, backend="aot_eager", fullgraph=True)(torch.tensor(IDS))
+    assert all(map(torch.equal, found, want))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="runs a fresh Python by a POSIX path")
 def test_torch_twins_serve_where_triton_cannot_be_imported() -> None:
     code = """
