@@ -8,11 +8,15 @@ backward counts as 2.5 forwards (five matrix products to two), whatever an imple
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from bench.features import FEATURES, Feature, Reach, everything, find
+
 PASSES = ("forward", "backward", "both")
+ROWS_AT_ONCE = 1024  # queries whose visible pairs are counted in one piece
 CPU_CURVE = "the curve of Dao 2023 (arXiv 2307.08691), section 4.1, at batch 1 and hidden size 512"
 FORWARDS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
@@ -33,7 +37,9 @@ class Case:
         head_dim_v: width of a value.
         causal: query i sees key j when j <= i + seqlen_k - seqlen_q.
         dtype: "float32", "bfloat16" or "float16".
-        series: "sweep" for a point on a curve over sequence length, "model" for a published model's shape.
+        series: "sweep" for a point on a curve over sequence length, "model" for a published model's shape, "feature"
+            for one shape with a feature, "long" for a point on a curve of a feature over long sequences.
+        feature: what bench.features.find takes, such as "window 1024"; "" = none.
     """
 
     name: str
@@ -48,21 +54,66 @@ class Case:
     causal: bool
     dtype: str
     series: str
+    feature: str = ""
 
     @property
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.heads // self.heads_k
 
+    @property
+    def traits(self) -> Feature:
+        """What the case's feature is."""
+        return find(self.feature)[1]
 
+    @property
+    def size(self) -> int:
+        """The size that goes with the feature; 0 where it has none."""
+        return find(self.feature)[2]
+
+    @property
+    def label(self) -> str:
+        """The feature as charts of features name it."""
+        return self.feature or ("causal" if self.causal else "plain")
+
+
+def passes_of(case: Case, device: torch.device) -> tuple[str, ...]:
+    """The passes that are timed: of a feature forward and training step, of long sequences on a CPU the forward."""
+    if case.series == "long" and device.type == "cpu":
+        return ("forward",)
+    return ("forward", "both") if case.series in ("feature", "long") else PASSES
+
+
+def reach(case: Case) -> Reach | None:
+    """The first key each query sees and one past its last, int64 [seqlen_q]; None where they are no single run."""
+    if case.traits.visible is not None:
+        return None
+    begin, end = (case.traits.reach or everything)(case.seqlen_q, case.seqlen_k, case.size)
+    if case.causal:
+        end = torch.minimum(end, torch.arange(case.seqlen_q) + (case.seqlen_k - case.seqlen_q + 1))
+    return begin, torch.maximum(begin, end)
+
+
+def visible(case: Case, rows: range, cols: range, device: torch.device) -> Tensor:
+    """bool [rows, cols], True where a query of `rows` sees a key of `cols`."""
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    j = torch.arange(cols.start, cols.stop, device=device)[None, :]
+    if found := reach(case):
+        begin, end = (x[rows.start : rows.stop, None].to(device) for x in found)
+        return (j >= begin) & (j < end)
+    assert case.traits.visible is not None
+    seen = case.traits.visible(i, j, case.size)
+    return seen & (j <= i + (case.seqlen_k - case.seqlen_q)) if case.causal else seen
+
+
+@cache
 def visible_pairs(case: Case) -> int:
     """(query, key) pairs of one head of one sequence that the mask lets through."""
-    if not case.causal:
-        return case.seqlen_q * case.seqlen_k
-    offset = case.seqlen_k - case.seqlen_q
-    rows = min(case.seqlen_q, case.seqlen_k)  # the first -offset queries see nothing
-    fewest = max(offset, 0) + 1
-    return rows * (fewest + case.seqlen_k) // 2
+    if found := reach(case):
+        return int((found[1] - found[0]).sum())
+    starts = range(0, case.seqlen_q, ROWS_AT_ONCE)
+    pieces = (range(start, min(start + ROWS_AT_ONCE, case.seqlen_q)) for start in starts)
+    return sum(int(visible(case, rows, range(case.seqlen_k), torch.device("cpu")).sum()) for rows in pieces)
 
 
 def flops(case: Case, what: str) -> float:
@@ -77,17 +128,27 @@ def score_bytes(case: Case) -> int:
     return case.batch * case.heads * case.seqlen_q * case.seqlen_k * itemsize
 
 
-def inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standard normal q, k, v that require grad, and do, the gradient that the backward starts from."""
+def inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """Standard normal q, k, v that require grad, the feature's operand if it has one, and do, the gradient of o."""
     generator = torch.Generator(device).manual_seed(seed)
+    feature = case.traits
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
 
-    q = normal(case.batch, case.heads, case.seqlen_q, case.head_dim).requires_grad_()
-    k = normal(case.batch, case.heads_k, case.seqlen_k, case.head_dim).requires_grad_()
-    v = normal(case.batch, case.heads_k, case.seqlen_k, case.head_dim_v).requires_grad_()
-    return q, k, v, normal(case.batch, case.heads, case.seqlen_q, case.head_dim_v)
+    def tokens(heads: int, seqlen: int, head_dim: int) -> Tensor:
+        if feature.packed:
+            return normal(case.batch, seqlen, heads, head_dim).transpose(1, 2)
+        return normal(case.batch, heads, seqlen, head_dim)
+
+    q = tokens(case.heads, case.seqlen_q, case.head_dim).requires_grad_()
+    k = tokens(case.heads_k, case.seqlen_k, case.head_dim).requires_grad_()
+    v = tokens(case.heads_k, case.seqlen_k, case.head_dim_v).requires_grad_()
+    do = tokens(case.heads, case.seqlen_q, case.head_dim_v)
+    if feature.shape is None:
+        return q, k, v, do
+    operand = normal(*feature.shape(case.batch, case.heads, case.seqlen_q, case.seqlen_k))
+    return q, k, v, operand.requires_grad_(feature.learned), do
 
 
 def square(
@@ -191,6 +252,50 @@ def cpu() -> list[Case]:
     return narrow + wide + small_models() + long
 
 
+def features(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
+    """One shape with nothing, with a causal mask, and with each feature of bench.features."""
+    if device.type == "cuda":
+        batch, heads, seqlen, head_dims = 4, 16, 4096, (64, 128)
+    else:
+        batch, heads, seqlen, head_dims, dtype = 1, 8, 2048, (64,), "float32"
+    heads, seqlen, head_dims = (2, 128, (16,)) if quick else (heads, seqlen, head_dims)
+    sized = ("window", "document", "block mask", "varlen")
+    named = [(f"{name} {seqlen // 8}" if name in sized else name, False) for name in FEATURES]
+    named.insert(1, ("", True))
+    cases = []
+    for head_dim in head_dims:
+        source = f"our own choice: one shape for every feature, batch {batch}, {heads} heads, {seqlen} tokens"
+        for feature, causal in named:
+            case = square("", source, heads, seqlen, head_dim, causal, batch=batch, dtype=dtype, series="feature")
+            case = replace(case, feature=feature)
+            cases.append(replace(case, name=f"d{head_dim} {case.label}"))
+    return cases
+
+
+def long(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
+    """Curves over long sequences whose queries see few keys: a sliding window, and documents packed in one row.
+
+    The longest come last, so that a slow machine still has a curve.
+    """
+    if device.type == "cuda":
+        heads, head_dim, lengths = 16, 128, tuple(2**power for power in range(12, 19))
+    else:
+        heads, head_dim, lengths, dtype = 8, 64, (2048, 4096, 8192, 16384), "float32"
+    heads, head_dim, lengths = (2, 16, (64, 128)) if quick else (heads, head_dim, lengths)
+    mistral = "Jiang et al. 2023 (arXiv 2310.06825): causal sliding window, here of 1024 keys"
+    packing = "documents of 1024 to 4096 tokens in one causal row, as in Llama 3 (arXiv 2407.21783), section 3.2"
+    sources = {"window 1024": mistral, "document 2048": packing}
+    if quick:
+        sources = {"window 16": mistral, "document 32": packing}
+    cases = []
+    for seqlen in lengths:
+        for feature, source in sources.items():
+            name = f"{feature}, length {seqlen}"
+            case = square(name, source, heads, seqlen, head_dim, True, batch=1, dtype=dtype, series="long")
+            cases.append(replace(case, feature=feature))
+    return cases
+
+
 def memory(device: torch.device) -> list[Case]:
     """Where peak memory is measured on a CPU, a fresh process each: the timed curve, full, and twice as far."""
     curve = sweep(CPU_CURVE, "float32", None, 512, (64,), (256, 512, 1024, 2048, 4096, 8192))
@@ -204,8 +309,11 @@ def quick() -> list[Case]:
     return sweep(CPU_CURVE, "float32", None, 512, (64,), (128, 256)) + [vit, whisper]
 
 
-def suite(name: str, device: torch.device, dtype: str = "bfloat16") -> list[Case]:
-    """The cases of a suite: "cpu", "sweep", "models", "all" (sweep and models), "quick", or "auto" (cpu or all)."""
+def suite(name: str, device: torch.device, dtype: str = "bfloat16", small: bool = False) -> list[Case]:
+    """The cases of a suite, or of the feature suites small ones, to see that the harness works.
+
+    "cpu", "sweep", "models", "all" (sweep and models), "quick", "features", "long", or "auto" (cpu or all).
+    """
     if name == "auto":
         name = "all" if device.type == "cuda" else "cpu"
     made: dict[str, Callable[[], list[Case]]] = {
@@ -214,6 +322,8 @@ def suite(name: str, device: torch.device, dtype: str = "bfloat16") -> list[Case
         "sweep": lambda: standard_sweep(dtype),
         "models": lambda: models(dtype),
         "all": lambda: standard_sweep(dtype) + models(dtype),
+        "features": lambda: features(device, dtype, small),
+        "long": lambda: long(device, dtype, small),
     }
     if name not in made:
         raise ValueError(f"suite must be one of auto, {', '.join(made)}, got {name}")

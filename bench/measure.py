@@ -3,8 +3,9 @@
 Latency: `triton.testing.do_bench` on a GPU (which flushes the L2 cache), `torch.utils.benchmark.Timer` on a CPU; the
 median and the 20th and 80th percentile of many samples after a warm-up.
 
-Peak memory: what a pass needs beyond its inputs, its output and its gradients. On a GPU the allocator says it. On a CPU
-it is VmHWM, the largest resident set, of a process started for one measurement:
+Peak memory: what a pass needs beyond its inputs, its output and its gradients; a mask that stands for a feature counts,
+the feature's own operand (bias, sinks) is an input. On a GPU the allocator says it. On a CPU it is VmHWM, the largest
+resident set, of a process started for one measurement:
 
     python -m bench.measure '{"case": {...}, "peer": "flash", "what": "both", "threads": 2, "seed": 0}'
 
@@ -66,24 +67,27 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory) or cpu
 
 
-def passes(
-    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor
-) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
-    """The calls that are timed: "forward" without a graph -> (o,), "backward" and "both" -> (dq, dk, dv)."""
+def passes(attention: Attention, *tensors: torch.Tensor) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+    """The calls that are timed: "forward" without a graph -> (o,), "backward" -> (dq, ..), "both" -> (o, dq, ..).
+
+    tensors are q, k, v, the feature's operand if there is one, and do; gradients are those of what requires one.
+    """
+    *operands, do = tensors
+    differentiated = [x for x in operands if x.requires_grad]
     graph: list[torch.Tensor] = []  # o of the forward that "backward" is repeated on, made on first use
 
     def forward() -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            return (attention(q, k, v),)
+            return (attention(*operands),)
 
     def backward() -> tuple[torch.Tensor, ...]:
         if not graph:
-            graph.append(attention(q, k, v))
-        return torch.autograd.grad(graph[0], (q, k, v), do, retain_graph=True)
+            graph.append(attention(*operands))
+        return torch.autograd.grad(graph[0], differentiated, do, retain_graph=True)
 
     def both() -> tuple[torch.Tensor, ...]:
-        o = attention(q, k, v)
-        return (o, *torch.autograd.grad(o, (q, k, v), do))
+        o = attention(*operands)
+        return (o, *torch.autograd.grad(o, differentiated, do))
 
     return {"forward": forward, "backward": backward, "both": both}
 
@@ -131,20 +135,25 @@ def resident(field: str) -> int:
     raise KeyError(field)
 
 
+def forget_peak() -> bool:
+    """VmHWM = VmRSS; False where that is not ours to set: a peak below that of the imports is then read as 0."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def cpu_peak(case: Case, peer: str, what: str, seed: int) -> int:
     """Bytes resident at most during one pass, above the baseline and the outputs; in a process of its own."""
     device = torch.device("cpu")
     tiny = replace(case, seqlen_q=min(case.seqlen_q, WARMUP_SHAPE), seqlen_k=min(case.seqlen_k, WARMUP_SHAPE))
     for shape in (tiny, case):
         tensors = inputs(shape, device, seed)
+        before = resident("VmRSS" if forget_peak() else "VmHWM")
         with PEERS[peer].prepare(shape, device) as attention:
             call = passes(attention, *tensors)[what]
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-                field = "VmRSS"
-            except OSError:
-                field = "VmHWM"  # not ours to reset: a peak below that of the imports is then read as 0
-            before = resident(field)
+            forget_peak()  # of making masks; the masks stay
             returned = sum(x.nbytes for x in call())
             peak = resident("VmHWM") - before - returned
     return max(peak, 0)

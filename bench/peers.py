@@ -1,25 +1,32 @@
 """Who is measured: each way of computing attention, or the reason it is absent.
 
 A peer is data. `absent` says why it cannot serve a case before anything runs; `prepare` makes what users make once
-(masks, compiled functions, the choice of a backend) outside the timing and yields a function of q, k, v.
+(masks, compiled functions, the choice of a backend) outside the timing and yields a function of q, k, v and of the
+feature's operand, if it has one. Each is told of a feature as its users do: a keyword, a mask in memory, a function.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench.cases import Case
+from bench.cases import Case, reach, visible
+from bench.features import document_ids, document_starts, filled, find, slopes
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[..., torch.Tensor]  # of q, k, v and the feature's operand
+Closure = Callable[..., torch.Tensor]
 
 STANDARD = "standard"
 OURS = "flash"
+SDPA = "sdpa"
+FLEX = "flex"
+COMPILED_MASKS = 16384  # keys from which FlexAttention's BlockMask is made without a bool for each pair
 
 
 @dataclass(frozen=True)
@@ -44,36 +51,76 @@ def never(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def standard_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, the scores in memory; `hidden` [seqlen_q, seqlen_k] is True where masked."""
+def standard_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, the scores in memory; `hidden` broadcasts to them, True where masked."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     # Scaling q costs one pass over n * d numbers instead of n * n: the baseline is not made slower than it has to be.
     s = (q * q.shape[-1] ** -0.5) @ k.mT
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
     if hidden is not None:
         s = s.masked_fill(hidden, float("-inf"))
-    return torch.softmax(s, -1) @ v
+    if sinks is not None:
+        s = torch.cat([s, sinks[:, None, None].to(s.dtype).expand(*s.shape[:3], 1)], -1)
+    p = torch.softmax(s, -1)
+    p = p if sinks is None else p[..., :-1]
+    return (p if drop is None else drop(p)) @ v
 
 
-def causal_hidden(case: Case, device: torch.device) -> torch.Tensor | None:
-    """[seqlen_q, seqlen_k] bool, True above the causal diagonal; None for a full case."""
-    if not case.causal:
+def seen(case: Case, device: torch.device) -> torch.Tensor | None:
+    """bool, broadcastable to [seqlen_q, seqlen_k], True where a query sees a key; None where all see all."""
+    found = reach(case)
+    if found is not None and bool((found[0] == found[0][0]).all() and (found[1] == found[1][0]).all()):
+        everything = int(found[1][0] - found[0][0]) == case.seqlen_k
+        return None if everything else visible(case, range(1), range(case.seqlen_k), device)
+    return visible(case, range(case.seqlen_q), range(case.seqlen_k), device)
+
+
+def distances(case: Case, device: torch.device) -> torch.Tensor | None:
+    """ALiBi as a bias [1, heads, seqlen_q, seqlen_k] in the case's dtype; None where the case has no slopes."""
+    if not case.traits.slopes:
         return None
-    return torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu_(
-        case.seqlen_k - case.seqlen_q + 1
-    )
+    i = torch.arange(case.seqlen_q, device=device)[:, None] + (case.seqlen_k - case.seqlen_q)
+    apart = (i - torch.arange(case.seqlen_k, device=device)).abs()
+    return (-slopes(case.heads).to(device)[:, None, None] * apart)[None].to(getattr(torch, case.dtype))
 
 
 @contextmanager
 def standard(case: Case, device: torch.device) -> Iterator[Attention]:
-    """Standard attention; the causal mask is made once, as models that register it as a buffer do."""
-    hidden = causal_hidden(case, device)
-    yield lambda q, k, v: standard_attention(q, k, v, hidden)
+    """Standard attention; masks are made once, as models that register them as buffers do."""
+    feature, mask, bias = case.traits, seen(case, device), distances(case, device)
+    hidden = None if mask is None else ~mask
+    drop = partial(F.dropout, p=feature.dropout_p) if feature.dropout_p else None
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
+        terms = {"bias": bias} | dict(zip([feature.operand], operand, strict=False))
+        return standard_attention(q, k, v, hidden, softcap=feature.softcap, drop=drop, **terms)
+
+    yield attention
 
 
-def sdpa(backend: str) -> Callable[[Case, torch.device], AbstractContextManager[Attention]]:
-    """F.scaled_dot_product_attention held to one backend."""
+def sdpa_absent(case: Case, device: torch.device) -> str | None:
+    """The reason of features that SDPA has no argument for."""
+    name = find(case.feature)[0]
+    return f"SDPA has no {name}, and no mask says it" if name in ("softcap", "sinks") else None
+
+
+def sdpa(backend: str | None) -> Callable[[Case, torch.device], AbstractContextManager[Attention]]:
+    """F.scaled_dot_product_attention held to one backend, or left to choose; a feature is a mask in memory."""
 
     @contextmanager
     def prepare(case: Case, device: torch.device) -> Iterator[Attention]:
@@ -81,15 +128,20 @@ def sdpa(backend: str) -> Callable[[Case, torch.device], AbstractContextManager[
         from torch.nn.attention.bias import causal_lower_right
 
         square = case.seqlen_q == case.seqlen_k
-        mask = causal_lower_right(case.seqlen_q, case.seqlen_k) if case.causal and not square else None
+        only_causal = case.causal and not case.feature
+        mask: Any = distances(case, device)
+        if only_causal and not square:
+            mask = causal_lower_right(case.seqlen_q, case.seqlen_k)
+        elif not only_causal and mask is None:
+            mask = seen(case, device)
+        told = {"is_causal": only_causal and square, "enable_gqa": case.group > 1, "dropout_p": case.traits.dropout_p}
 
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=case.causal and square, enable_gqa=case.group > 1
-            )
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=operand[0] if operand else mask, **told)
 
         # Entered once, so that the timing holds no context manager.
-        with sdpa_kernel(getattr(SDPBackend, backend)), warnings.catch_warnings():
+        held = nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, backend))
+        with held, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield attention
 
@@ -101,30 +153,105 @@ def cuda_only(case: Case, device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"PyTorch has this backend for CUDA only; the device is {device.type}"
 
 
+def cuda_sdpa_absent(case: Case, device: torch.device) -> str | None:
+    """The reason of SDPA backends for CUDA: the device, or the feature."""
+    return cuda_only(case, device) or sdpa_absent(case, device)
+
+
 def flex_absent(case: Case, device: torch.device) -> str | None:
-    """FlexAttention counts where it is compiled and has a backward."""
-    if device.type == "cuda":
+    """FlexAttention counts where it is compiled, and has a backward where one is timed."""
+    if case.traits.dropout_p:
+        return "FlexAttention has no dropout"
+    if device.type == "cuda" or case.series == "long":
         return None
     return "compiled FlexAttention has no backward on a CPU, and eager FlexAttention materialises the scores"
 
 
-@contextmanager
-def flex(case: Case, device: torch.device) -> Iterator[Attention]:
-    """FlexAttention, compiled, with a BlockMask where the case is causal."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex_mask(case: Case, device: torch.device) -> Closure | None:
+    """The case's visibility as FlexAttention's mask_mod; None where all see all."""
+    name, feature, size = find(case.feature)
+    offset, last = case.seqlen_k - case.seqlen_q, filled(case.seqlen_k)
+    ids = document_ids(case.seqlen_k, size).to(device) if name in ("document", "varlen") else None
+    dense = visible(case, range(case.seqlen_q), range(case.seqlen_k), device) if name == "mask" else None
 
-    offset = case.seqlen_k - case.seqlen_q
-
-    def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
         return j <= i + offset
 
-    block_mask = None
-    if case.causal:
-        block_mask = create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    def window(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (j <= i + offset) & (j > i + offset - size)
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        o = compiled(q, k, v, block_mask=block_mask, enable_gqa=case.group > 1)
+    def padding(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return j < last
+
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return dense[i, j]  # type: ignore[index]
+
+    def document(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return ids[i] == ids[j]  # type: ignore[index]
+
+    def pattern(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return feature.visible(i, j, size)  # type: ignore[misc]
+
+    own: dict[str, Closure] = {
+        "window": window, "padding": padding, "mask": mask, "document": document, "varlen": document,
+        "block mask": pattern,
+    }  # fmt: skip
+    found = own.get(name)
+    if not case.causal:
+        return found
+    if found is None or name == "window":
+        return found or causal
+
+    def both(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return found(b, h, i, j) & causal(b, h, i, j)
+
+    return both
+
+
+def flex_score(case: Case, operand: tuple[torch.Tensor, ...], device: torch.device) -> Closure | None:
+    """The case's change of the score as FlexAttention's score_mod; None where there is none."""
+    cap, offset, steep = case.traits.softcap, case.seqlen_k - case.seqlen_q, slopes(case.heads).to(device)
+
+    def softcap(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return cap * torch.tanh(s / cap)
+
+    def alibi(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s - steep[h] * (i + offset - j).abs()
+
+    def key_bias(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + operand[0][b, 0, 0, j]
+
+    def bias(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + operand[0][0, h, i, j]
+
+    name = find(case.feature)[0].removesuffix(" gradient")
+    own: dict[str, Closure] = {"softcap": softcap, "alibi": alibi, "key bias": key_bias, "bias": bias}
+    return own.get(name)
+
+
+@contextmanager
+def flex(case: Case, device: torch.device) -> Iterator[Attention]:
+    """FlexAttention, compiled, with a BlockMask where something is hidden; sinks by its lse, as transformers has it."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    block_mask = None
+    if (mask := flex_mask(case, device)) is not None:
+        whole = case.seqlen_k < COMPILED_MASKS or device.type == "cpu"
+        make = create_block_mask if whole else torch.compile(create_block_mask)
+        block_mask = make(mask, None, None, case.seqlen_q, case.seqlen_k, device=device.type)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    told: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": case.group > 1}
+    sinks = case.traits.operand == "sinks"
+    fixed = flex_score(case, (), device) if not case.traits.operand else None
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
+        if device.type == "cpu" and not torch.is_grad_enabled():
+            q, k, v = q.detach(), k.detach(), v.detach()  # it refuses what requires grad there, whatever the mode
+        score = flex_score(case, operand, device) if operand and not sinks else fixed
+        if sinks:
+            o, aux = compiled(q, k, v, return_aux=AuxRequest(lse=True), **told)
+            return o * torch.sigmoid(aux.lse - operand[0][:, None])[..., None].to(o.dtype)
+        o = compiled(q, k, v, score_mod=score, **told)
         return o[0] if isinstance(o, tuple) else o  # a tuple only where lse is asked for
 
     try:
@@ -139,6 +266,8 @@ def package_absent(module: str) -> Callable[[Case, torch.device], str | None]:
     def absent(case: Case, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"{module} is for CUDA only; the device is {device.type}"
+        if case.feature:
+            return f"{module} is timed without features alone"
         try:
             found = find_spec(module) is not None
         except ModuleNotFoundError:  # the parent package is missing
@@ -167,13 +296,67 @@ def flash_attn(module: str) -> Callable[[Case, torch.device], AbstractContextMan
     return prepare
 
 
-@contextmanager
-def ours(case: Case, device: torch.device) -> Iterator[Attention]:
-    """flash.attention.flash_attention with nothing but causal chosen, as a user calls it."""
-    from flash.attention import flash_attention
+def our_keywords(case: Case, device: torch.device) -> dict[str, Any]:
+    """The feature in flash_attention's keywords, its operand excepted."""
+    name, feature, size = find(case.feature)
+    if name == "window":
+        return {"window": (size - 1, 0)}
+    if name == "padding":
+        return {"mask": seen(case, device)[None, None].expand(case.batch, 1, 1, -1).contiguous()}  # type: ignore[index]
+    if name == "mask":
+        return {"mask": seen(case, device)[None, None]}  # type: ignore[index]
+    if name == "document":
+        from flash.mods import document
+
+        return {"mask_mod": document(document_ids(case.seqlen_k, size).to(device))}
+    if name == "block mask":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        mask = flex_mask(replace(case, causal=False), device)
+        assert mask is not None
+        return {"block_mask": create_block_mask(mask, None, None, case.seqlen_q, case.seqlen_k, device=device.type)}
+    terms = {
+        "alibi_slopes": slopes(case.heads).to(device) if feature.slopes else None,
+        "softcap": feature.softcap,
+        "dropout_p": feature.dropout_p,
+    }
+    return {keyword: term for keyword, term in terms.items() if term is not None}
+
+
+def our_packed(case: Case, device: torch.device) -> Attention:
+    """flash_attention_varlen on the documents of every row; views of q, k and v, whose tokens lie in that order."""
+    from flash.attention import flash_attention_varlen
+
+    starts = torch.tensor(document_starts(case.seqlen_k, case.size), dtype=torch.int32)
+    longest = int(starts.diff().max())
+    rows = torch.arange(case.batch, dtype=torch.int32)[:, None] * case.seqlen_k + starts[:-1]
+    cu_seqlens = F.pad(rows.flatten(), (0, 1), value=case.batch * case.seqlen_k).to(device)
+    told = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, flash_attention(q, k, v, causal=case.causal))
+        packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        o = flash_attention_varlen(*packed, causal=case.causal, **told)
+        assert isinstance(o, torch.Tensor)
+        return o.unflatten(0, (case.batch, case.seqlen_q)).transpose(1, 2)
+
+    return attention
+
+
+@contextmanager
+def ours(case: Case, device: torch.device) -> Iterator[Attention]:
+    """flash.attention.flash_attention with nothing but causal and the feature chosen, as a user calls it."""
+    from flash.attention import flash_attention
+
+    if case.traits.packed:
+        yield our_packed(case, device)
+        return
+    keywords, name = our_keywords(case, device), case.traits.operand
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
+        given = {name: operand[0]} if operand else {}
+        o = flash_attention(q, k, v, causal=case.causal, **keywords, **given)
+        assert isinstance(o, torch.Tensor)
+        return o
 
     yield attention
 
@@ -183,11 +366,12 @@ PEERS = {
     for peer in (
         Peer(STANDARD, "softmax(q k^T) v with the scores in memory, differentiated by autograd", never, standard),
         Peer(OURS, "flash.attention.flash_attention", never, ours),
-        Peer("sdpa-flash", "torch SDPA, FLASH_ATTENTION", never, sdpa("FLASH_ATTENTION")),
-        Peer("sdpa-efficient", "torch SDPA, EFFICIENT_ATTENTION", cuda_only, sdpa("EFFICIENT_ATTENTION")),
-        Peer("sdpa-cudnn", "torch SDPA, CUDNN_ATTENTION", cuda_only, sdpa("CUDNN_ATTENTION")),
-        Peer("sdpa-math", "torch SDPA, MATH", never, sdpa("MATH")),
-        Peer("flex", "torch FlexAttention, compiled", flex_absent, flex),
+        Peer(SDPA, "torch SDPA, its own choice of backend", sdpa_absent, sdpa(None)),
+        Peer("sdpa-flash", "torch SDPA, FLASH_ATTENTION", sdpa_absent, sdpa("FLASH_ATTENTION")),
+        Peer("sdpa-efficient", "torch SDPA, EFFICIENT_ATTENTION", cuda_sdpa_absent, sdpa("EFFICIENT_ATTENTION")),
+        Peer("sdpa-cudnn", "torch SDPA, CUDNN_ATTENTION", cuda_sdpa_absent, sdpa("CUDNN_ATTENTION")),
+        Peer("sdpa-math", "torch SDPA, MATH", sdpa_absent, sdpa("MATH")),
+        Peer(FLEX, "torch FlexAttention, compiled", flex_absent, flex),
         Peer("flash-attn-2", "flash_attn.flash_attn_func", package_absent("flash_attn"), flash_attn("flash_attn")),
         Peer("flash-attn-3", "flash_attn_interface.flash_attn_func",
              package_absent("flash_attn_interface"), flash_attn("flash_attn_interface")),
@@ -197,9 +381,14 @@ PEERS = {
 }  # fmt: skip
 
 
+FEATURE_PEERS = (STANDARD, OURS, SDPA, FLEX)  # of the suites of features; the others time SDPA backend by backend
+
+
 def refusal(error: BaseException) -> str | None:
     """Why a backend turned a case down when called, None where the error is something else."""
     text = str(error)
     # SDPA held to one backend raises these where that backend does not take the shape.
     refused = "No available kernel" in text or "No viable backend" in text
+    if "FlexAttention does not support backward on CPU" in text:
+        return "compiled FlexAttention has no backward on a CPU"
     return "this SDPA backend does not take the shape" if refused else None

@@ -1,4 +1,4 @@
-"""A run as pictures: memory against sequence length, throughput by head_dim and mask, speed-up over standard attention.
+"""A run as pictures: memory and throughput against sequence length, speed-up over standard attention, cost of features.
 
 python -m bench.plot bench/results/<machine>/results.json      # draws again what a run measured
 """
@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from bench import record as records
 from bench.cases import PASSES, Case
-from bench.peers import OURS, PEERS, STANDARD
+from bench.peers import OURS, PEERS, SDPA, STANDARD
 from bench.record import Record
-from bench.report import MILLION, NAMES, curves, memory_curves, memory_points, ordered, slope, throughput_unit
+from bench.report import (
+    MILLION,
+    NAMES,
+    curves,
+    factor,
+    long_curves,
+    memory_curves,
+    memory_points,
+    ordered,
+    present,
+    shapes_of,
+    slope,
+    throughput_unit,
+    where,
+)
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -21,12 +35,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours is always the same colour.
 COLOURS = {
-    STANDARD: "#000000", OURS: "#D55E00", "sdpa-flash": "#0072B2", "sdpa-efficient": "#56B4E9", "sdpa-cudnn": "#009E73",
+    STANDARD: "#000000", OURS: "#D55E00", SDPA: "#0072B2", "sdpa-flash": "#0072B2",
+    "sdpa-efficient": "#56B4E9", "sdpa-cudnn": "#009E73",
     "sdpa-math": "#999999", "flex": "#CC79A7", "flash-attn-2": "#F0E442", "flash-attn-3": "#E69F00",
     "flash-attn-4": "#7A4B1F",
 }  # fmt: skip
 DPI = 130
 MARKS = {"oom": "OOM", "wrong": "WRONG", "error": "ERROR"}
+MISSING = MARKS | {"absent": "absent", "skipped": "not measured"}
 
 
 def figure(rows: int, columns: int, width: float, height: float) -> "tuple[Figure, list[list[Axes]]]":
@@ -202,9 +218,95 @@ def draw_speedup(record: Record, path: Path) -> Path | None:
     return finish(drawn, "Speed-up of flash over standard attention, with p20-p80 spread", record, path)
 
 
+def draw_features(record: Record, path: Path) -> Path | None:
+    """Milliseconds of each feature, a bar for each peer, beside it the cost over that peer's plain call."""
+    found = shapes_of(record, "feature")
+    if not found:
+        return None
+    count = max(len(shape) * len(present(record, shape, "forward")) for shape in found)
+    drawn, panels = figure(len(found), 2, 6.2, 1.4 + 0.17 * count)
+    handles: dict[str, Artist] = {}
+    for line, shape in zip(panels, found, strict=True):
+        for axes, what in zip(line, ("forward", "both"), strict=True):
+            feature_bars(axes, record, shape, what)
+            axes.set_title(f"{NAMES[what]}: length {shape[0].seqlen_k}, {where(shape[0])}", fontsize=10)
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles) or 1, fontsize=9)
+    return finish(drawn, "Cost of features; numbers: times as long as the same library's plain call", record, path)
+
+
+def feature_bars(axes: "Axes", record: Record, shape: Sequence[Case], what: str) -> None:
+    """Grouped horizontal bars of milliseconds, whiskers from p20 to p80, the factor beside; a word without a number."""
+    peers = present(record, shape, what)
+    height = 0.84 / max(len(peers), 1)
+    for place, peer in enumerate(peers):
+        for y, case in enumerate(shape):
+            row = record.row(case.name, peer, what)
+            middle = y + (place - (len(peers) - 1) / 2) * height
+            if row is None or row.latency is None:
+                word = MISSING.get(row.outcome, "") if row else ""
+                axes.text(0, middle, f" {word}", va="center", fontsize=6, color=COLOURS.get(peer))
+                continue
+            low, time, high = row.latency.p20, row.latency.median, row.latency.p80
+            axes.barh(middle, time, height, color=COLOURS.get(peer), label=label(peer))
+            axes.errorbar(time, middle, xerr=[[time - low], [high - time]], color="#777777", lw=0.8)
+            cost = factor(record, shape, case, peer, what)
+            axes.text(high, middle, "" if cost is None else f" {cost:.2f}x", va="center", fontsize=6)
+    axes.set_yticks(range(len(shape)), [case.label for case in shape], fontsize=8)
+    axes.set_ylim(len(shape) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("milliseconds (less is better)")
+
+
+def draw_long(record: Record, path: Path) -> Path | None:
+    """Time and peak memory against length, log-log, a row of panels for each feature and pass."""
+    passes = [(curve, what) for curve in long_curves(record) for what in ("forward", "both")]
+    passes = [(curve, what) for curve, what in passes if present(record, curve, what)]
+    if not passes:
+        return None
+    drawn, panels = figure(len(passes), 2, 5.4, 3.8)
+    for line, (curve, what) in zip(panels, passes, strict=True):
+        for axes, memory in zip(line, (False, True), strict=True):
+            for peer in present(record, curve, what):
+                rows = [(case.seqlen_k, record.row(case.name, peer, what)) for case in curve]
+                times = [(n, row.latency.median) for n, row in rows if row and row.latency]
+                points = memory_points(record, curve, peer, what) if memory else times
+                points = [(n, y / MILLION if memory else y) for n, y in points]
+                fit = slope(points[-3:])
+                text = label(peer) + (f", slope {fit:.2f}" if fit is not None else "")
+                wide = 2 if peer == OURS else 1
+                style: dict[str, Any] = {"linewidth": 1.5 * wide, "markersize": 4 * wide, "zorder": 4 - wide}
+                if points:
+                    axes.plot(*zip(*points, strict=True), "o-", color=COLOURS.get(peer), label=text, **style)
+            lost_lengths(axes, record, curve, what, memory)
+            axes.set_yscale("log")
+            axes.margins(x=0.1, y=0.3)
+            seqlen_axis(axes, [case.seqlen_k for case in curve])
+            axes.set_ylabel("MB, beyond inputs and outputs" if memory else "milliseconds")
+            axes.set_title(f"{curve[0].label}, causal, {NAMES[what]}: {where(curve[0])}", fontsize=9)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7, loc="lower right")
+    return finish(drawn, "Long sequences: time and peak memory; slope of the last three lengths", record, path)
+
+
+def lost_lengths(axes: "Axes", record: Record, curve: Sequence[Case], what: str, memory: bool) -> None:
+    """Writes above a length which peers have no number there, and why in a word."""
+    for case in curve:
+        words = []
+        for peer in present(record, curve, what):
+            row = record.row(case.name, peer, what)
+            outcome = (row.peak_outcome if memory else row.outcome) if row else ""
+            if outcome in MISSING:
+                words.append(f"{peer}\n{MISSING[outcome]}")
+        axes.annotate("\n".join(words), (case.seqlen_k, 0.98), xycoords=("data", "axes fraction"),
+                      ha="center", va="top", fontsize=6)  # fmt: skip
+
+
 def draw(record: Record, out: Path) -> list[Path]:
     """Writes every picture the record has numbers for and returns their paths."""
     drawn = [draw_memory(record, out / "memory.png"), draw_speedup(record, out / "speedup.png")]
+    drawn += [draw_features(record, out / "features.png"), draw_long(record, out / "long-context.png")]
     drawn += [draw_throughput(record, what, out / f"throughput-{what}.png") for what in PASSES]
     return [path for path in drawn if path is not None]
 

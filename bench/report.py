@@ -1,4 +1,7 @@
-"""A run as text: tables in Markdown that read well on a terminal, and the figures this project wants to reach."""
+"""A run as text: tables in Markdown that read well on a terminal, and the figures this project wants to reach.
+
+Features and long sequences have tables of their own, beside those of the sweep and the models.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 
 from bench import record as records
 from bench.cases import PASSES, Case
+from bench.features import FEATURES
 from bench.peers import OURS, PEERS, STANDARD
 from bench.record import Record, Row
 
@@ -130,12 +134,7 @@ def timings(record: Record, what: str) -> str:
 def shares(record: Record, curve: Sequence[Case], what: str) -> str:
     """The memory-savings table of the flash-attention guides for one curve and one pass."""
 
-    def megabytes(row: Row | None) -> str:
-        if row is None or not row.peak_outcome:
-            return ""
-        return f"{row.peak_bytes / MILLION:.1f}" if row.peak_bytes is not None else SHOUTED[row.peak_outcome]
-
-    def milliseconds(row: Row | None) -> str:
+    def median(row: Row | None) -> str:
         if row is None:
             return ""
         return digits(row.latency.median) if row.latency else SHOUTED.get(row.outcome, row.outcome)
@@ -147,12 +146,118 @@ def shares(record: Record, curve: Sequence[Case], what: str) -> str:
         ratio = f"{(theirs.peak_bytes or 0) / max(ours.peak_bytes or 0, 1):.0f}x" if known and theirs and ours else ""
         gain = f"{ours.speedup['median']:.2f}x" if ours and ours.speedup else ""
         memory = [megabytes(theirs), megabytes(ours), ratio]
-        lines.append([str(case.seqlen_k), *memory, milliseconds(theirs), milliseconds(ours), gain])
+        lines.append([str(case.seqlen_k), *memory, median(theirs), median(ours), gain])
     header = ["sequence length", "standard MB", "flash MB", "ratio", "standard ms", "flash ms", "speed-up"]
     first = curve[0]
     mask = "causal" if first.causal else "full"
     caption = f"## Memory saved: {NAMES[what]}, {mask}, head_dim {first.head_dim}, {first.dtype}"
     return f"{caption}\n\n{table(header, lines)}"
+
+
+def shapes_of(record: Record, series: str) -> list[list[Case]]:
+    """The cases of a series, one list for each shape but for its feature, its mask and its length."""
+    found: dict[tuple[int, int, str], list[Case]] = {}
+    for case in record.cases.values():
+        if case.series == series:
+            found.setdefault((case.heads, case.head_dim, case.dtype), []).append(case)
+    return list(found.values())
+
+
+def long_curves(record: Record) -> list[list[Case]]:
+    """Long sequences by feature, each by increasing length."""
+    found: dict[tuple[str, int], list[Case]] = {}
+    for shape in shapes_of(record, "long"):
+        for case in sorted(shape, key=lambda c: c.seqlen_k):
+            found.setdefault((case.feature, case.head_dim), []).append(case)
+    return list(found.values())
+
+
+def present(record: Record, cases: Sequence[Case], what: str) -> list[str]:
+    """The peers that have a number or ran into something in these cases, in the order of PEERS."""
+    rows = [row for case in cases for name in PEERS if (row := record.row(case.name, name, what))]
+    there = {row.peer for row in rows if row.outcome not in ("absent", "skipped", "untimed") or row.peak_outcome}
+    return [name for name in PEERS if name in there]
+
+
+def factor(record: Record, shape: Sequence[Case], case: Case, peer: str, what: str) -> float | None:
+    """A peer's time on a case over its own time on the plain one of that shape; None where one is missing."""
+    plain = next((c for c in shape if c.label == "plain"), None)
+    own, base = (record.row(c.name, peer, what) if c else None for c in (case, plain))
+    if own is None or base is None or own.latency is None or base.latency is None:
+        return None
+    return own.latency.median / base.latency.median
+
+
+def where(case: Case) -> str:
+    """A case's shape for a heading."""
+    return f"batch {case.batch}, {case.heads} heads, head_dim {case.head_dim}, {case.dtype}"
+
+
+def milliseconds(row: Row | None) -> str:
+    """Median and half the p20-p80 spread, or the outcome."""
+    if row is None or row.latency is None:
+        return SHOUTED.get(row.outcome, row.outcome) if row else ""
+    spread = 50 * (row.latency.p80 - row.latency.p20) / row.latency.median
+    return f"{digits(row.latency.median)} ±{spread:.0f}%"
+
+
+def costs(record: Record, shape: Sequence[Case], what: str) -> str:
+    """One table of a pass: features down, peers across, with the cost over the plain call of the same peer."""
+    peers = present(record, shape, what)
+    if not peers:
+        return ""
+
+    def cell(case: Case, peer: str) -> str:
+        row = record.row(case.name, peer, what)
+        cost = factor(record, shape, case, peer, what)
+        slower = " <" if row and peer == OURS and row.slower_than else ""
+        return milliseconds(row) + (f" {cost:.2f}x" if cost is not None else "") + slower
+
+    lines = [[case.label, *(cell(case, peer) for peer in peers)] for case in shape]
+    caption = f"## Cost of features: {NAMES[what]}, length {shape[0].seqlen_k}, {where(shape[0])}"
+    legend = (
+        "Cells: median milliseconds, ± half the p20-p80 spread, times the same peer's plain call; < = a peer is faster."
+    )
+    return f"{caption}\n\n{legend}\n\n{table(['feature', *peers], lines)}"
+
+
+def bias_gradients(record: Record) -> str:
+    """What the gradient of a bias costs, of a number for each pair and of one for each key."""
+    lines = []
+    for shape in shapes_of(record, "feature"):
+        by_label = {case.label: case for case in shape}
+        for label, size in (("bias", "[1, heads, seqlen_q, seqlen_k]"), ("key bias", "[batch, 1, 1, seqlen_k]")):
+            pair = [by_label.get(name) for name in (label, f"{label} gradient")]
+            for peer in present(record, shape, "both"):
+                rows = [record.row(case.name, peer, "both") if case else None for case in pair]
+                times = [row.latency.median for row in rows if row and row.latency]
+                if len(times) == 2:
+                    ratio = f"{times[1] / times[0]:.2f}x"
+                    lines.append([f"{size}, head_dim {shape[0].head_dim}", peer, *map(milliseconds, rows), ratio])
+    if not lines:
+        return ""
+    header = ["bias", "peer", "without its gradient, ms", "with it, ms", "cost"]
+    return f"## Gradient of the bias: {NAMES['both']}\n\n{table(header, lines)}"
+
+
+def megabytes(row: Row | None) -> str:
+    """Peak memory, or the outcome; nothing where it was not asked for."""
+    if row is None or not row.peak_outcome:
+        return ""
+    return f"{row.peak_bytes / MILLION:.1f}" if row.peak_bytes is not None else SHOUTED[row.peak_outcome]
+
+
+def stretch(record: Record, curve: Sequence[Case], what: str) -> str:
+    """One table of a feature over long sequences: lengths down, time and peak memory of each peer across."""
+    peers = present(record, curve, what)
+    if not peers:
+        return ""
+    lines = []
+    for case in curve:
+        rows = [record.row(case.name, peer, what) for peer in peers]
+        lines.append([str(case.seqlen_k), *map(milliseconds, rows), *map(megabytes, rows)])
+    header = ["sequence length", *(f"{peer} ms" for peer in peers), *(f"{peer} MB" for peer in peers)]
+    return f"## Long sequences: {curve[0].label}, causal, {NAMES[what]}, {where(curve[0])}\n\n{table(header, lines)}"
 
 
 def reasons(record: Record) -> str:
@@ -164,10 +269,10 @@ def reasons(record: Record) -> str:
                 why.setdefault((row.peer, SHOUTED.get(outcome, outcome), reason), []).append(f"{row.case} {row.what}")
     if not why:
         return ""
-    timed = {row.case for row in record.rows.values() if row.outcome != "untimed"}
+    timed = {(row.case, row.what) for row in record.rows.values() if row.outcome != "untimed"}
     lines = []
     for (peer, outcome, reason), where in why.items():
-        everywhere = len(where) == len(timed) * len(PASSES)
+        everywhere = len(where) == len(timed)
         places = "every case" if everywhere else ", ".join(where[:3])
         more = f" and {len(where) - 3} more" if not everywhere and len(where) > 3 else ""
         lines.append(f"- {peer}: {outcome}: {reason} ({places}{more})")
@@ -191,8 +296,8 @@ def slower(record: Record) -> str:
 
 
 def figures(record: Record) -> list[Figure]:
-    """The figures to reach on a CPU, as far as this run measured them; none on a GPU."""
-    if record.machine["device"] != "cpu":
+    """The figures to reach on a CPU, as far as this run measured them; none on a GPU, none of features."""
+    if record.machine["device"] != "cpu" or not curves(record):
         return []
     found = []
     for what in ("forward", "both"):
@@ -242,23 +347,29 @@ def environment(record: Record) -> str:
     effort = settings["effort"]
     lines.append(f"- seed {settings['seed']}; {settings['timer']}, {effort} (seconds); {settings['statistics']}")
     lines.append(f"- peak memory: {settings['memory']}, above inputs, output and gradients")
-    lines.append("- every timed result was first held to the float64 oracle: o, dq, dk, dv")
+    lines.append("- every timed result was first held to the float64 oracle: o and every gradient that is timed")
     extents: dict[str, list[str]] = {}
     for name, extent in record.checked.items():
         extents.setdefault(extent, []).append(name)
     lines += [f"  - {extent}: {', '.join(names)}" for extent, names in extents.items()]
     if machine["device"] == "cpu":
         lines.append("- no GPU was used: nothing here says anything about one")
+    if any(case.feature for case in record.cases.values()):
+        lines.append(f"- features: {'; '.join(f'{name}: {about.what}' for name, about in FEATURES.items() if name)}")
     return "\n".join(lines)
 
 
 def report(record: Record) -> str:
     """The whole run as Markdown."""
     parts = [environment(record)]
-    legend = (
-        f"Cells: median milliseconds, ± half the p20-p80 spread, {throughput_unit(record)[0]}; < = a peer is faster."
-    )
-    parts += [legend, *(timings(record, what) for what in PASSES)]
+    tables = [table for what in PASSES if (table := timings(record, what))]
+    if tables:
+        unit = throughput_unit(record)[0]
+        parts.append(f"Cells: median milliseconds, ± half the p20-p80 spread, {unit}; < = a peer is faster.")
+    parts += tables
+    parts += [costs(record, shape, what) for shape in shapes_of(record, "feature") for what in ("forward", "both")]
+    parts += [bias_gradients(record)]
+    parts += [stretch(record, curve, what) for curve in long_curves(record) for what in ("forward", "both")]
     parts += [shares(record, curve, what) for curve in memory_curves(record) for what in ("forward", "both")]
     parts += [slower(record), reasons(record), figure_lines(record)]
     return "\n\n".join(part for part in parts if part) + "\n"

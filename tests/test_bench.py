@@ -22,7 +22,8 @@ from bench.record import Record, Row
 CPU = torch.device("cpu")
 TINY = Case("tiny", "made up", 2, 4, 2, 17, 37, 8, 24, True, "float32", "sweep")
 FAST = run.Settings(CPU, threads=1, effort=Effort(0.0, 0.001, 3))
-SUITES = [(name, device) for name in ("cpu", "quick", "sweep", "models", "all", "auto") for device in ("cpu", "cuda")]
+NAMES = ("cpu", "quick", "sweep", "models", "all", "auto", "features", "long")
+SUITES = [(name, device) for name in NAMES for device in ("cpu", "cuda")]
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,10 @@ def peer(name: str, function: Attention | Exception, absent: str | None = None) 
 
     @contextmanager
     def prepare(case: Case, device: torch.device) -> Iterator[Attention]:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention(*operands: Tensor) -> Tensor:
             if isinstance(function, Exception):
                 raise function
-            return function(q, k, v)
+            return function(*operands)
 
         yield attention
 
@@ -49,7 +50,8 @@ def peer(name: str, function: Attention | Exception, absent: str | None = None) 
 
 
 def right(case: Case) -> Attention:
-    hidden = peers.causal_hidden(case, CPU)
+    seen = peers.seen(case, CPU)
+    hidden = None if seen is None else ~seen
     return lambda q, k, v: peers.standard_attention(q, k, v, hidden)
 
 
@@ -88,7 +90,8 @@ def test_every_case_of_a_suite_is_valid_and_names_its_source(name: str, device: 
         assert len(case.source) > 20
         assert case.heads % case.heads_k == 0
         assert case.dtype in ("float32", "bfloat16", "float16")
-        assert case.series in ("sweep", "model")
+        assert case.series in ("sweep", "model", "feature", "long")
+        assert (case.feature != "" or case.series == "feature") == (name in run.FEATURE_SUITES)
         assert not case.causal or case.seqlen_q <= case.seqlen_k  # standard attention has no rows without keys
 
 
@@ -110,10 +113,10 @@ def test_inputs_depend_on_the_seed_alone() -> None:
 
 
 def test_the_oracle_in_pieces_is_the_oracle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    operands = [check.pick(TINY, x.detach(), 1, 1) for x in shapes.inputs(TINY, CPU, 0)]
-    whole = check.oracle(TINY, *operands)
+    operands, part = shapes.inputs(TINY, CPU, 0), check.Part(1, 1)
+    whole = check.oracle(TINY, part, operands)
     monkeypatch.setattr(check, "SCORES_AT_ONCE", 5 * TINY.seqlen_k * TINY.group)
-    for name, pieces in check.oracle(TINY, *operands).items():
+    for name, pieces in check.oracle(TINY, part, operands).items():
         torch.testing.assert_close(pieces, whole[name], rtol=1e-13, atol=1e-13, msg=name)
 
 
