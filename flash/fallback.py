@@ -22,11 +22,13 @@ from flash.tiling import (
     Call,
     Tile,
     accumulator_dtype,
+    accumulator_of,
     add_keys,
     add_operand,
     cut,
     load_keys,
     load_rows,
+    pairs_of_a_tile,
     sequences,
     store_rows,
     tiles,
@@ -67,15 +69,15 @@ def forward_dense(call: Call, o: Tensor, lse: Tensor) -> None:
     """Fill o and lse, which hold 0 and -inf."""
     if call.mods.sinks is not None:
         lse.copy_(call.mods.sinks.to(lse.dtype)[:, None])
-    run = fused.forward if fused.serves(call) else forward_blocks
-    run(call, o, lse)
+    if not (fused.serves(call) and fused.forward(call, o, lse)):
+        forward_blocks(call, o, lse)
 
 
 def forward_blocks(call: Call, o: Tensor, lse: Tensor) -> None:
     """Fill o and lse tile by tile."""
     q, k, v, accumulator = call.q, call.k, call.v, lse.dtype
     finite = all_finite(v)
-    for tile in tiles(call):
+    for tile in tiles(call, pairs_of_a_tile(call)):
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
         s, keep, *_ = score(call, tile, load_rows(q, tile, accumulator), k_tile)
         m = s.amax(-1, keepdim=True)
@@ -150,21 +152,21 @@ def backward(
 
 def backward_dense(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, grads: Gradients) -> None:
     """Fill dq, dk, dv, and add to the others."""
-    if fused.serves_backward(call, do, dlse, o, grads):
-        fused.backward(call, do, o, lse, grads)
-    else:
+    if not (fused.serves_backward(call, do, dlse, o, grads) and fused.backward(call, do, o, lse, grads)):
         backward_blocks(call, do, dlse, lse, grads)
+    elif grads.sinks is not None:
+        add_sinks(call, (do * o).sum(-1, dtype=lse.dtype), lse, grads.sinks)
 
 
 def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, grads: Gradients) -> None:
     """Fill dq, dk, dv, and add to the others, tile by tile."""
     q, k, v, accumulator = call.q, call.k, call.v, lse.dtype
-    dk, dv = (None if x is None else torch.zeros_like(x, dtype=accumulator) for x in grads[1:3])
+    dk, dv = accumulator_of(grads.k, accumulator), accumulator_of(grads.v, accumulator)
     delta = torch.zeros_like(lse) if grads.sinks is not None else None  # of rows without keys it is 0
     others = any(x is not None for x in (grads.q, dk, *grads[3:]))
     rows_finite = all(all_finite(x) for x in (do, q, k, v, dlse) if x is not None)
     finite = rows_finite and all_finite(lse.masked_fill(lse == float("-inf"), 0.0))
-    for tile in tiles(call):
+    for tile in tiles(call, pairs_of_a_tile(call)):
         q_tile = load_rows(q, tile, accumulator)
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
         do_tile, lse_tile = load_rows(do, tile, accumulator), load_rows(lse.unsqueeze(-1), tile, accumulator)
@@ -207,7 +209,7 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, gr
         if dk is not None:
             add_keys(dk, tile, matmul(ds.mT, q_tile, keep_cols))
     for grad, total in zip(grads[1:3], (dk, dv), strict=True):
-        if grad is not None:
+        if grad is not None and grad is not total:
             grad.copy_(total)
     if delta is not None:
         add_sinks(call, delta if dlse is None else delta.sub_(dlse), lse, grads.sinks)

@@ -63,7 +63,7 @@ def coordinates(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """int64 b, h, i, j that broadcast to [heads, rows, cols], as user functions and dropout know them."""
     device = call.q.device
     b = torch.full((1, 1, 1), tile.b + call.origin.b, device=device)
-    h = torch.arange(tile.heads.start, tile.heads.stop, device=device)[:, None, None]
+    h = torch.arange(*tile.heads.indices(tile.heads.stop), device=device)[:, None, None]
     return b, h, tile.queries(device).unsqueeze(0), tile.keys(device)[None, None]
 
 
@@ -105,7 +105,30 @@ def visible(call: Call, tile: Tile) -> Tensor | None:
     keep = parts[0]
     for part in parts[1:]:
         keep = keep & part
-    return None if bool(keep.all()) else keep
+    return None if bool(keep.contiguous().view(torch.uint8).amin()) else keep  # faster than all() on a CPU
+
+
+def additive(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor | None:
+    """What is added to q . k * scale, [1, heads or 1, rows or 1, cols], None where nothing is; -inf where hidden, or NaN
+    where an operand is not finite there."""
+    mods, keep = call.mods, visible(call, tile)
+    terms = [] if keep is None else [hiding(keep, dtype)]
+    if mods.bias is not None:
+        terms.append(operand(mods.bias, tile).to(dtype))
+    if mods.alibi_slopes is not None:
+        terms.append(slopes_of(call, tile, dtype) * -distances(call, tile, dtype))
+    if not terms:
+        return None
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    total = total[(None,) * (4 - total.dim())]
+    return total.expand(*total.shape[:3], tile.shape[2]).contiguous()
+
+
+def hiding(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where keep, else -inf; many times faster than torch.where on a CPU."""
+    return keep.contiguous().view(torch.uint8).to(dtype).reciprocal_().neg_().add_(1.0)
 
 
 def band(call: Call, tile: Tile) -> list[Tensor]:

@@ -54,7 +54,7 @@ class Tile(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """(query heads, rows, keys)."""
         cols = self.cols.stop - self.cols.start if isinstance(self.cols, slice) else len(self.cols)
-        return self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, cols
+        return len(range(*self.heads.indices(self.heads.stop))), self.rows.stop - self.rows.start, cols
 
     def keys(self, device: torch.device) -> Tensor:
         """int64 [cols]: the keys' indices."""
@@ -71,15 +71,20 @@ class Tile(NamedTuple):
         return torch.arange(self.first, self.first + self.shape[1], device=device).unsqueeze(1)
 
 
-def tiles(call: Call) -> Iterator[Tile]:
-    """The tiles of a call, without those no query of which can see a key."""
+def tiles(call: Call, fits: int, together: int | None = None) -> Iterator[Tile]:
+    """The tiles of a call, without those no query of which can see a key.
+
+    Args:
+        call: the call.
+        fits: how many pairs of a row and a key a tile may have.
+        together: key heads in a tile, whose pairs count once; None: as many as fit, each with pairs of its own.
+    """
     q, k, spec = call.q, call.k, call.spec
     batch, heads, seqlen_q, _ = q.shape
     heads_k, seqlen_k = k.shape[1:3]
     if 0 in (batch, heads, seqlen_q, seqlen_k):
         return
     group = heads // heads_k
-    fits = max(1, TILE_BYTES // (accumulator_dtype(q).itemsize * group))  # pairs of a key head
     narrow = spec.left or spec.blocks is not None or call.mods.spans is not None
     block_m = min(seqlen_q, NARROW_ROWS if narrow else max(1, fits // seqlen_k))
     for b, offset in enumerate(offsets_of(call)):
@@ -96,7 +101,7 @@ def tiles(call: Call) -> Iterator[Tile]:
             _, found, width = tile.shape
             if width <= 0:
                 continue
-            step = max(1, fits // (found * width))
+            step = max(1, fits // (found * width)) if together is None else together
             for h in range(0, heads_k, step):
                 last = min(h + step, heads_k)
                 yield tile._replace(heads_k=slice(h, last), heads=slice(h * group, last * group))
@@ -248,6 +253,19 @@ def add_operand(x: Tensor, tile: Tile, value: Tensor) -> None:
     axes = [axis for axis in range(3) if x.shape[axis + 1] == 1 and value.shape[axis] > 1]
     b, heads, rows, cols = places(x, tile)
     x[b, heads, rows][..., cols] += value.sum(axes, keepdim=True) if axes else value
+
+
+def pairs_of_a_tile(call: Call) -> int:
+    """Rows times keys of a key head that `TILE_BYTES` holds the scores of."""
+    group = call.q.shape[1] // max(1, call.k.shape[1])
+    return max(1, TILE_BYTES // (accumulator_dtype(call.q).itemsize * max(1, group)))
+
+
+def accumulator_of(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Zeros to sum a gradient in: itself where its dtype will do."""
+    if grad is None or grad.dtype == dtype:
+        return None if grad is None else grad.zero_()
+    return torch.zeros_like(grad, dtype=dtype)
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
