@@ -381,8 +381,8 @@ def test_a_block_mask_equals_its_mask(sizes: tuple[Any, Any], block: Any) -> Non
 
 
 def test_a_block_mask_is_its_blocks_and_only_in_part_its_function() -> None:
-    """Blocks [query][key]: one left out, one whole; in the others the function hides odd keys."""
-    counts, indices = torch.tensor([[[1, 2, 2]]]), torch.tensor([[[[1, 0, 0], [0, 1, 0], [1, 2, 0]]]])
+    """Blocks [query][key]: two left out, two whole; in the others the function hides odd keys. 9 is no block."""
+    counts, indices = torch.tensor([[[1, 2, 2]]]), torch.tensor([[[[1, 9, 9], [0, 1, 9], [1, 2, 9]]]])
     full = torch.tensor([[[1, 0, 1]]]), torch.tensor([[[[2, 0, 0], [0, 0, 0], [0, 0, 0]]]])
     blocks = BlockMask.from_kv_blocks(
         counts.int(), indices.int(), full[0].int(), full[1].int(), BLOCK_SIZE=16,
@@ -448,6 +448,9 @@ def test_a_packed_block_mask_counts_packed_rows() -> None:
         mask[b] = (torch.arange(5)[:, None] + CU_Q[b] + torch.arange(5) + CU_K[b]) % 3 > 0
     x = {"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K}
     assert torch.equal(attention_varlen(q, k, v, block_mask=blocks, **x), attention_varlen(q, k, v, mask=mask, **x))
+    more = torch.rand(4, 1, 1, 5) > 0.3
+    both = attention_varlen(q, k, v, block_mask=blocks, mask=more, **x)
+    assert torch.equal(both, attention_varlen(q, k, v, mask=mask & more, **x))
 
 
 HOSTILE = {  # what takes the place of CU_Q, and which sequences that spoils
