@@ -231,7 +231,8 @@ def draw_features(record: Record, path: Path) -> Path | None:
             feature_bars(axes, record, shape, what)
             axes.set_title(f"{NAMES[what]}: length {shape[0].seqlen_k}, {where(shape[0])}", fontsize=10)
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles) or 1, fontsize=9)
+    columns = max(len(handles), 1)
+    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9)
     return finish(drawn, "Cost of features; numbers: times as long as the same library's plain call", record, path)
 
 
@@ -286,7 +287,8 @@ def draw_long(record: Record, path: Path) -> Path | None:
             axes.set_ylabel("MB, beyond inputs and outputs" if memory else "milliseconds")
             axes.set_title(f"{curve[0].label}, causal, {NAMES[what]}: {where(curve[0])}", fontsize=9)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, loc="lower right")
+            if axes.lines:
+                axes.legend(fontsize=7, loc="lower right")
     return finish(drawn, "Long sequences: time and peak memory; slope of the last three lengths", record, path)
 
 
