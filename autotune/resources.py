@@ -203,7 +203,7 @@ def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
     dtype, acc = TYPES[variant.dtype], "fp64" if variant.dtype == "float64" else "fp32"
     wide, wide_v = (_view(dtype, head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
     one, stride = _Leaf("constexpr", 1), _Leaf("i32")
-    rows = View(_pointer(acc), stride, stride, one, one)
+    rows = _pointer(acc)
     precision = "tf32x3" if variant.dtype == "float32" and target.startswith("cuda:") else "ieee"
     padded = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
     operands, chosen = _features(variant)
@@ -215,10 +215,12 @@ def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
         **dict.fromkeys(("v", "o", "do", "dv"), wide_v),
         **dict.fromkeys(("lse", "delta"), rows),
         "dbias": _view(acc, True),
-        "dlse": rows if variant.dlse else _NONE,
+        "dlse": View(rows, stride, stride, one, one) if variant.dlse else _NONE,
         "dslopes": rows if "alibi" in variant.features else _NONE,
         "mods": operands,
-        **dict.fromkeys((*Sizes._fields, "bias_batch", "bias_heads", "pairs", "strips"), _Leaf("i32")),
+        **dict.fromkeys(
+            (*Sizes._fields, "bias_batch", "bias_heads", "bias_q", "bias_k", "pairs", "strips"), _Leaf("i32")
+        ),
         "scale": _Leaf("fp64"),
         **{name: _Leaf("constexpr", value) for name, value in constants.items()},
     }

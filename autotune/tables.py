@@ -184,6 +184,18 @@ def _choose(target: str, call: Call, seqlen: int, gpu: str | None) -> Choice:
     return Choice(heuristic(target, kernel, dtype, head_dim), reason)
 
 
+def narrowed(choice: Choice, kernel: str) -> Choice:
+    """The Choice for a call that looks up or draws something for each score: addresses and draws take registers.
+
+    Compiled for sm_90 at head_dim 128, a walked tile of 32 spills at most 200 B a thread, one of 64 up to 2.8 kB; and
+    two stages keep what is looked up within shared memory.
+    """
+    config = choice.config
+    axis = "block_m" if kernel == "dkdv" else "block_n"
+    cut = config._replace(**{axis: min(getattr(config, axis), 32), "num_stages": min(config.num_stages, 2)})
+    return choice if cut == config else Choice(cut, f"{choice.reason}; narrowed for what each score looks up")
+
+
 # Bytes of shared memory that 16 x 16 tiles of the hungriest kernel, dkdv, take on NVIDIA by dtype and head_dim bucket,
 # where that is more than some GPU has; tests/test_shipped.py compares them with what the compiler says
 SMALLEST = {("float32", 512): 196608, ("float64", 256): 165888, ("float64", 512): 329728}

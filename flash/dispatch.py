@@ -133,9 +133,18 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def chosen(problem: Problem) -> str:
-    """The backend that serves a Problem."""
+    """The backend that serves a Problem.
+
+    Raises:
+        NotImplementedError: the backend asked for by name does not serve it.
+        TypeError: a user function lacks the twin that this backend runs.
+    """
     q, v = problem.q, problem.v
-    return choose(problem.backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
+    backend = choose(problem.backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
+    for mod in (problem.mods.score_mod, problem.mods.mask_mod):
+        if mod is not None:
+            mod.require(backend)
+    return backend
 
 
 def tuned(problem: Problem, kernel: str) -> tables.Choice:
@@ -155,6 +164,8 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
     head_dim, seqlen = max(q.shape[3], v.shape[3]), max(q.shape[2], k.shape[2])
     call = (kernel, name_of(q.dtype), head_dim, seqlen, problem.spec.causal)
     found = tables.lookup(target_of(q.device), *call, gpu=gpu_of(q.device))
+    if problem.spec.hides or problem.spec.blocks is not None or problem.spec.dropout_p > 0:
+        found = tables.narrowed(found, kernel)
     if blocks is None:
         return found
     config = found.config
@@ -190,6 +201,8 @@ def backward(
     call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
     if chosen(p) == "torch":
         return fallback.backward(*call, needs)
+    if p.mods.score_mod is not None:
+        p.mods.score_mod.require("derivative")
     from .kernels import backward as kernels
 
     configs = Configs(*(tuned(p, kernel).config for kernel in KERNELS))

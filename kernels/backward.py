@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import band, bias, score, softmax, tile
 from .launch import LENGTHS, cut, launch, prepare, shape_of, sizes_of, view
-from .spec import Configs, Gradients, Mods, Positions, Site, Sizes, Spec
+from .spec import Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -28,7 +28,8 @@ def delta_kernel(
     shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head; where sequences are packed, no matter whose."""
-    ACC: tl.constexpr = delta.ptr.dtype.element_ty
+    ACC: tl.constexpr = delta.dtype.element_ty
+    delta = View(delta, heads.to(tl.int64) * seqlen_q, seqlen_q, 1, 0)
     block, h, b = tile.locate(tl.cdiv(seqlen_q, BLOCK_M), heads)
     row = block * BLOCK_M
     o_tile = tile.load(o, b, h, row, seqlen_q, shape.head_dim_v, BLOCK_M, shape.block_dv, True).to(ACC)
@@ -49,11 +50,12 @@ def dkdv_kernel(
     Tiles are kept transposed, [BLOCK_N, BLOCK_M]: p^T and ds^T then enter their products from registers.
     """
     sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    ACC: tl.constexpr = lse.ptr.dtype.element_ty
+    ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
     FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
+    lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
     col, h_k, b, q0, k0, sizes = tile.place(mods, sizes, heads // shape.group, True, BLOCK_N)
     offset = tile.first_position(mods, sizes, b)
     natural, unit = score.units(scale, spec, ACC)
@@ -113,11 +115,14 @@ def dq_kernel(
     dslopes is each query's share in the gradient of its head's slope.
     """
     sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    ACC: tl.constexpr = lse.ptr.dtype.element_ty
+    ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
     FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
+    lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
+    if dslopes is not None:
+        shares = tile.rows_of(dslopes, mods, sizes)
     row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M)
     h_k = h // shape.group
     offset = tile.first_position(mods, sizes, b)
@@ -160,7 +165,7 @@ def dq_kernel(
         dq_tile = tile.spoiled(score.derivative(acc, scale), mods, b)
         tile.store(dq, dq_tile, b, h, q0 + row, row_end, shape.head_dim)
     if dslopes is not None:
-        tile.store_rows(dslopes, tile.spoiled(slopes_acc, mods, b), b, h, q0 + row, row_end)
+        tile.store_rows(shares, tile.spoiled(slopes_acc, mods, b), b, h, q0 + row, row_end)
 
 
 def backward(
@@ -201,18 +206,19 @@ def backward(
     rest = (*sizes, scale, spec, shape)
 
     def views(*tensors: torch.Tensor | None) -> list[object]:
-        return [None if x is None else view(x if x.dim() == 4 else x.unsqueeze(3), packed) for x in tensors]
+        return [None if x is None else view(x, packed) for x in tensors]
 
     # tiles of delta are cut as those of dq: both walk the same rows
     programs = triton.cdiv(q.shape[2], configs.dq.block_m) * q.shape[1] * q.shape[0]
-    launch(delta_kernel, programs, q.device, configs.dq, *views(o, do, dlse, delta), *sizes, shape)
-    inputs = views(q, k, v, do, lse, delta)
+    dlse = None if dlse is None else dlse.unsqueeze(3)
+    launch(delta_kernel, programs, q.device, configs.dq, *views(o, do, dlse), delta, *sizes, shape)
+    inputs = (*views(q, k, v, do), lse, delta)
     if dk is not None or dv is not None:
         programs, own = cut(k, mods, operands, True, configs.dkdv.block_n)
         launch(dkdv_kernel, programs, q.device, configs.dkdv, *inputs, *views(dk, dv), own, *rest)
     if dq is not None or dslopes is not None:
         programs, own = cut(q, mods, operands, False, configs.dq.block_m)
-        launch(dq_kernel, programs, q.device, configs.dq, *inputs, *views(dq, dslopes), own, *rest)
+        launch(dq_kernel, programs, q.device, configs.dq, *inputs, *views(dq), dslopes, own, *rest)
     dbias = None
     if needs.bias:
         dbias = bias.gradient(inputs, q.device, mods, operands, sizes, (scale, spec, shape), configs.dq)

@@ -22,9 +22,9 @@ STRIPS = 16  # at most, that the queries of one head are dealt out to
 WIDEST = 64  # of a tile: sums of scores take registers beside everything else
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "pairs", "strips"])
+@triton.jit(do_not_specialize=[*LENGTHS, "bias_q", "bias_k", "pairs", "strips"])
 def dbias_kernel(
-    q, k, v, do, lse, delta, dbias, mods, bias_batch, bias_heads, pairs, strips,
+    q, k, v, do, lse, delta, dbias, mods, bias_batch, bias_heads, bias_q, bias_k, pairs, strips,
     heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
     spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -33,18 +33,15 @@ def dbias_kernel(
     A part is some (sequence, head) pairs that share an element, and of their tiles of queries every strips-th.
     """
     sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    ACC: tl.constexpr = lse.ptr.dtype.element_ty
+    ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
+    lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
     natural, unit = score.units(scale, spec, ACC)
 
     pid = tl.program_id(0)
-    rows, cols = 1, 1  # tiles of bias
-    if spec.bias_rows:
-        rows = tl.cdiv(sizes.seqlen_q, BLOCK_M)
-    if spec.bias_cols:
-        cols = tl.cdiv(sizes.seqlen_k, BLOCK_N)
+    rows, cols = tl.cdiv(bias_q, BLOCK_M), tl.cdiv(bias_k, BLOCK_N)  # tiles of bias
     own_col, own_row = pid % cols * BLOCK_N, pid // cols % rows * BLOCK_M
     h_bias, b_bias = pid // cols // rows % bias_heads, pid // cols // rows // bias_heads % bias_batch
     part = pid // cols // rows // bias_heads // bias_batch
@@ -92,23 +89,23 @@ def dbias_kernel(
     i, j = own_row + tl.arange(0, BLOCK_M), own_col + tl.arange(0, BLOCK_N)
     if spec.bias_rows and spec.bias_cols:
         ptrs = base + (i.to(tl.int64) * dbias.stride_s)[:, None] + j[None, :]
-        tl.store(ptrs, acc, mask=(i < sizes.seqlen_q)[:, None] & (j < sizes.seqlen_k)[None, :])
+        tl.store(ptrs, acc, mask=(i < bias_q)[:, None] & (j < bias_k)[None, :])
     elif spec.bias_rows:
-        tl.store(base + i, tl.sum(acc, 1), mask=i < sizes.seqlen_q)
+        tl.store(base + i, tl.sum(acc, 1), mask=i < bias_q)
     elif spec.bias_cols:
-        tl.store(base + j, tl.sum(acc, 0), mask=j < sizes.seqlen_k)
+        tl.store(base + j, tl.sum(acc, 0), mask=j < bias_k)
     else:
         tl.store(base, tl.sum(acc))
 
 
 def gradient(
-    inputs: list[Any], device: torch.device, mods: Mods, operands: Operands, sizes: Sizes, rest: tuple[Any, ...],
+    inputs: tuple[Any, ...], device: torch.device, mods: Mods, operands: Operands, sizes: Sizes, rest: tuple[Any, ...],
     config: Config,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernel: dbias, of bias' shape, dtype and axis order.
 
     Args:
-        inputs: Views of q, k, v, do, lse and delta.
+        inputs: Views of q, k, v and do, then lse and delta.
         device: where they are.
         mods, operands: the operands of the call, as tensors and as kernels take them.
         sizes: lengths of the call.
@@ -124,10 +121,8 @@ def gradient(
     groups = triton.cdiv(shared, max(pairs, 1))
     strips = 1 if rows > 1 else min(STRIPS, max(1, PROGRAMS // max(tiles * groups, 1)))
     parts = groups * strips
-    acc = torch.float64 if inputs[4].ptr.dtype == torch.float64 else torch.float32
+    acc = torch.float64 if inputs[4].dtype == torch.float64 else torch.float32
     sums = bias.new_empty((parts * bias_batch, bias_heads, rows, cols), dtype=acc)
-    # bias' own axes say how far a packed sequence may reach
-    sizes = sizes._replace(seqlen_q=rows if rows > 1 else sizes.seqlen_q, seqlen_k=cols if cols > 1 else sizes.seqlen_k)
-    counts = (bias_batch, bias_heads, pairs, strips)
+    counts = (bias_batch, bias_heads, rows, cols, pairs, strips)
     launch(dbias_kernel, tiles * parts, device, config, *inputs, view(sums), operands, *counts, *sizes, *rest)
     return torch.empty_like(bias).copy_(sums.view(parts, *bias.shape).sum(0))

@@ -25,11 +25,12 @@ def forward_kernel(
     spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    ACC: tl.constexpr = lse.ptr.dtype.element_ty
+    ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
     FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
+    lse = tile.rows_of(lse, mods, sizes)
     row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M)
     h_k = h // shape.group
     offset = tile.first_position(mods, sizes, b)
@@ -111,7 +112,7 @@ def forward(
         lse.fill_(float("-inf"))
     operands, spec = prepare(mods, spec)
     programs, operands = cut(q, mods, operands, False, config.block_m)
-    views = (view(x, packed) for x in (q, k, v, o, lse.unsqueeze(3)))
+    views = (view(x, packed) for x in (q, k, v, o))
     sizes = sizes_of(q, k, mods, positions)
-    launch(forward_kernel, programs, q.device, config, *views, operands, *sizes, scale, spec, shape_of(q, k, v))
+    launch(forward_kernel, programs, q.device, config, *views, lse, operands, *sizes, scale, spec, shape_of(q, k, v))
     return o, lse

@@ -10,7 +10,7 @@ rows are counted from the sequence's start, `q0` or `k0`, which is 0 where nothi
 import triton
 import triton.language as tl
 
-from .spec import Sizes
+from .spec import Sizes, View
 
 # beyond any length: causal reads the same for all offsets past it, and a tile's end + q_offset stays within 32 bits
 FARTHEST: tl.constexpr = tl.constexpr(2**30 - 2**9)
@@ -55,6 +55,15 @@ def sequence(mods, sizes, b):
         q0, k0 = tl.load(mods.starts_q + b), tl.load(mods.starts_k + b)
         seqlen_q, seqlen_k = tl.load(mods.starts_q + b + 1) - q0, tl.load(mods.starts_k + b + 1) - k0
         return q0, k0, Sizes(sizes.heads, seqlen_q, seqlen_k, sizes.batch, sizes.q_offset, sizes.left, sizes.right)
+
+
+@triton.jit
+def rows_of(x, mods, sizes):
+    """A dense [batch, heads, seqlen_q] tensor as a View: its strides are lengths, and so never specialised."""
+    if mods.starts_q is None:
+        return View(x, sizes.heads.to(tl.int64) * sizes.seqlen_q, sizes.seqlen_q, 1, 0)
+    else:
+        return View(x, 0, sizes.seqlen_q, 1, 0)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ driver.set_active(StandIn())
 
 from flash.kernels import backward, forward
 from flash.kernels.launch import LENGTHS
-from flash.kernels.spec import Config, Configs, Mods, Spec
+from flash.kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
 
 config = Config(64, 64, 4, 2)
 kernels = [forward.forward_kernel, backward.dkdv_kernel, backward.dq_kernel, backward.delta_kernel]
@@ -50,15 +50,15 @@ kernels = [forward.forward_kernel, backward.dkdv_kernel, backward.dq_kernel, bac
 
 def call(seqlen_q, seqlen_k, position, scale=0.125, **mods):
     q, k = torch.randn(2, 4, seqlen_q, 64).half(), torch.randn(2, 2, seqlen_k, 64).half()
-    args = Mods(**mods), Spec(causal=True), scale, position
+    args = Mods(**mods), Spec(causal=True), scale, Positions(position)
     o, lse = forward.forward(q, k, k, *args, config)
-    backward.backward(o, None, q, k, k, o, lse, *args, Configs(config, config, config), (True, True, True))
+    backward.backward(o, None, q, k, k, o, lse, *args, Configs(config, config, config), Gradients(True, True, True))
     compiled = [next(iter(kernel.device_caches.values()))[0] for kernel in kernels]
     return [len(cache) for cache in compiled], next(iter(compiled[0].values())).src.signature
 
 
 counts, signature = call(128, 128, 0)
-more = [call(*lengths)[0] for lengths in ((64, 256, 192), (128, 112, -16), (128, 128, 1))]
+more = [call(*lengths)[0] for lengths in ((64, 256, 192), (128, 112, -16), (128, 128, 1), (37, 51, 14))]
 scaled, _ = call(128, 128, 0, scale=0.3)
 offset, _ = call(128, 128, 0, q_offset=torch.zeros(2, dtype=torch.int64))
 found = {"counts": counts, "more": more, "scaled": scaled, "offset": offset, "scale": signature["scale"]}
@@ -76,7 +76,7 @@ def found() -> Any:
 
 def test_a_new_length_offset_or_scale_compiles_nothing(found: Any) -> None:
     assert found["counts"] == [1, 1, 1, 1]
-    assert found["more"] == [[1, 1, 1, 1]] * 3
+    assert found["more"] == [[1, 1, 1, 1]] * 4
     assert found["scaled"] == [1, 1, 1, 1]
 
 
@@ -86,5 +86,5 @@ def test_an_offset_read_on_the_device_is_another_kernel(found: Any) -> None:
 
 def test_the_scale_arrives_in_64_bits_and_lengths_unspecialised(found: Any) -> None:
     assert found["scale"] == "fp64"
-    assert found["sizes"] == ["i32"] * 4
+    assert found["sizes"] == ["i32"] * 7
     assert found["q"][-1] == "constexpr"  # a last stride of 1 is known, so that loads are wide

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from flash.kernels import tile
 from flash.kernels.launch import view
-from flash.kernels.spec import Mods, Sizes
+from flash.kernels.spec import Operands, Sizes
 from flash.problem import MAX_SEQLEN
 from tests.calls import Place, strided
 from tests.interpreter.poison import is_poisoned, poison
@@ -34,10 +34,13 @@ def whole_tile_kernel(x, out, start, end, DIM: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def rows_kernel(x, y, sizes, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    block, h, b = tile.locate(tl.cdiv(sizes.seqlen_q, ROWS), sizes.heads)
-    value = tile.load_rows(x, sizes, b, h, block * ROWS, float("inf"), ROWS, RAGGED)
-    tl.store(tile.row_pointers(y, sizes, b, h, block * ROWS, ROWS), value, mask=value < float("inf"))
+def rows_kernel(x, y, mods, heads, seqlen_q, seqlen_k, batch, ROWS: tl.constexpr, RAGGED: tl.constexpr):
+    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, 0, 0, 0)
+    x, y = tile.rows_of(x, mods, sizes), tile.rows_of(y, mods, sizes)
+    row, h, b, q0, _, sizes = tile.place(mods, sizes, sizes.heads, False, ROWS)
+    end = q0 + sizes.seqlen_q
+    value = tile.load_rows(x, b, h, q0 + row, end, float("inf"), ROWS, RAGGED)
+    tile.store_rows(y, value, b, h, q0 + row, end)
 
 
 @triton.jit
@@ -91,21 +94,35 @@ def test_rows_are_loaded_and_stored_within_their_head(place: Place, seqlen: int)
     x = place(torch.randn(2, 3, seqlen))
     y = place(poison(torch.empty_like(x)))
     programs = triton.cdiv(seqlen, ROWS) * 6
-    rows_kernel[(programs,)](x, y, Sizes(3, seqlen, 0, 0), ROWS=ROWS, RAGGED=seqlen % ROWS != 0)
+    rows_kernel[(programs,)](x, y, Operands(), 3, seqlen, 0, 2, ROWS=ROWS, RAGGED=seqlen % ROWS != 0)
     assert torch.equal(x, y) and not is_poisoned(y).any()
+
+
+@pytest.mark.parametrize("lengths", [[5, 16, 33], [0, 40, 0, 0, 1, 0], [0, 0]])
+def test_each_row_of_packed_sequences_has_one_owner(place: Place, lengths: list[int]) -> None:
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    tiles = torch.tensor([0, *(-(-length // ROWS) for length in lengths)]).cumsum(0).to(torch.int32)
+    total = int(starts[-1]) + 3  # three rows of no sequence
+    x, y = place(torch.randn(1, 2, total)), place(torch.zeros(1, 2, total))
+    bad = torch.zeros(len(lengths), dtype=torch.uint8)
+    pointers = {"starts_q": starts, "starts_k": starts, "tiles": tiles, "bad": bad}
+    mods = Operands(**{name: place(t) for name, t in pointers.items()})
+    programs = (total // ROWS + len(lengths)) * 2  # some to spare
+    rows_kernel[(programs,)](x, y, mods, 2, total, total, len(lengths), ROWS=ROWS, RAGGED=True)
+    assert torch.equal(y[..., :-3], x[..., :-3]) and not y[..., -3:].any()
 
 
 @pytest.mark.parametrize(
     "mods, want",
     [
-        (lambda place: Mods(), [7, 7, 7]),
-        (lambda place: Mods(q_offset=place(torch.tensor([0, -3, 2**20], dtype=torch.int32))), [0, -3, 2**20]),
-        (lambda place: Mods(q_offset=place(torch.tensor([5, 2**40, -(2**40)]))), [5, MAX_SEQLEN, -MAX_SEQLEN]),
+        (lambda place: Operands(), [7, 7, 7]),
+        (lambda place: Operands(q_offset=place(torch.tensor([0, -3, 2**20], dtype=torch.int32))), [0, -3, 2**20]),
+        (lambda place: Operands(q_offset=place(torch.tensor([5, 2**40, -(2**40)]))), [5, MAX_SEQLEN, -MAX_SEQLEN]),
     ],
 )
 def test_positions_are_kept_within_32_bits(place: Place, mods: Any, want: list[int]) -> None:
     out = place(torch.zeros(3, dtype=torch.int32))
-    position_kernel[(3,)](out, mods(place), Sizes(1, 1, 1, 7))
+    position_kernel[(3,)](out, mods(place), Sizes(1, 1, 1, 3, 7, 0, 0))
     assert out.tolist() == want
 
 
