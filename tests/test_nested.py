@@ -139,6 +139,13 @@ def test_k_and_v_may_be_made_apart_where_their_lengths_agree() -> None:
         flash_attention(q, k, other)
 
 
+def test_lengths_that_k_and_v_share_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (q, k, v) = call(torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.delattr(torch, "equal")
+        flash_attention(q, k, v)
+
+
 def test_autocast_casts_what_a_nested_tensor_holds() -> None:
     parts = [torch.randn(n, 2, 8) for n in LENGTHS_Q]
     q = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
@@ -187,3 +194,19 @@ def test_only_flash_attention_takes_them() -> None:
     _, (q, k, v) = call(torch.device("cpu"))
     with pytest.raises(NotImplementedError, match="q is a nested tensor, which only flash_attention takes"):
         flash_attention_varlen(q, k, v, **lengths(q.device), max_seqlen_q=9, max_seqlen_k=9)
+
+
+def test_compile_has_no_graph_break_and_the_same_values() -> None:
+    def loss(x: torch.Tensor) -> Any:
+        q = x.transpose(1, 2)
+        o: Any = flash_attention(q, q, q, causal=True)
+        return o.values().square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for last in (3, 4):
+        parts = [torch.randn(n, 2, 8, dtype=torch.float64) for n in (5, last)]
+        x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+        (expected,) = torch.autograd.grad(loss(x), x)
+        (found,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(found.values(), expected.values(), rtol=1e-12, atol=1e-12)

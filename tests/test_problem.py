@@ -312,13 +312,22 @@ def test_what_hides_keys_and_what_changes_scores_is_found(keywords: dict[str, An
     assert spec.blocks == ((128, 128) if "block_mask" in keywords else None)
 
 
+def key_side(spans: Spans, seqlen_k: int) -> torch.Tensor:
+    """bool [batch|1, heads|1, seqlen_q|1, seqlen_k]: which keys the spans of queries do not rule out."""
+    j = torch.arange(seqlen_k)
+    return (j >= spans.key_begin[..., None]) & (j < spans.key_end[..., None])
+
+
+def query_side(spans: Spans, seqlen_q: int) -> torch.Tensor:
+    """bool [batch|1, heads|1, seqlen_q, seqlen_k|1]: which queries the spans of keys do not rule out."""
+    i = torch.arange(seqlen_q)[:, None]
+    return (i >= spans.query_begin[..., None, :]) & (i < spans.query_end[..., None, :])
+
+
 def seen_within(spans: Spans, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
     """bool [batch|1, heads|1, seqlen_q, seqlen_k]: which pairs the spans do not rule out."""
     assert all(x.dtype == torch.int32 for x in spans)
-    i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)
-    key_begin, key_end = spans.key_begin[..., None], spans.key_end[..., None]
-    query_begin, query_end = spans.query_begin[..., None, :], spans.query_end[..., None, :]
-    return (j >= key_begin) & (j < key_end) & (i >= query_begin) & (i < query_end)
+    return key_side(spans, seqlen_k) & query_side(spans, seqlen_q)
 
 
 def padding() -> torch.Tensor:
@@ -371,15 +380,14 @@ def test_a_mask_of_nothing_is_served(lengths: dict[str, int]) -> None:
 def test_the_spans_of_a_mask_function_are_asked_for_and_met_with_the_masks() -> None:
     ids = torch.tensor([0, 0, 0, 1, 1, 1, 2])
     document = mods.document(ids[2:], ids)
-    alone = Problem.of(*qkv(batch=3), mask_mod=document).mods.spans
-    assert alone is not None
-    same = ids[2:, None] == ids
-    assert torch.equal(seen_within(alone, 5, 7)[0, 0], same)
-    both = Problem.of(*qkv(batch=3), mask_mod=document, mask=padding()).mods.spans
-    assert both is not None
-    found, visible = seen_within(both, 5, 7), same & padding()
-    assert found.shape == visible.shape
-    assert not (visible & ~found).any() and found.sum() < seen_within(alone, 5, 7).sum() * 3
+    alone, padded, both = (
+        Problem.of(*qkv(batch=3), **keywords).mods.spans
+        for keywords in ({"mask_mod": document}, {"mask": padding()}, {"mask_mod": document, "mask": padding()})
+    )
+    assert alone is not None and padded is not None and both is not None
+    assert torch.equal(seen_within(alone, 5, 7)[0, 0], ids[2:, None] == ids)
+    assert torch.equal(key_side(both, 7), key_side(alone, 7) & key_side(padded, 7))
+    assert torch.equal(query_side(both, 5), query_side(alone, 5) & query_side(padded, 5))
     assert Problem.of(*qkv(), mask_mod=mask_mod()).mods.spans is None
 
 
@@ -426,3 +434,24 @@ def test_the_input_is_neither_changed_nor_copied() -> None:
     assert problem.q is q and problem.k is k and problem.v is v
     flash_attention(q, k, v, causal=True)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_traces_every_keyword_without_a_break_whatever_the_numbers(dynamic: bool | None) -> None:
+    def derived(*tensors: torch.Tensor, **keywords: Any) -> tuple[Any, ...]:
+        problem = Problem.of(*tensors, **keywords)
+        return problem.q * 1, problem.mods.spans, problem.positions, str(tuple(problem.spec))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(derived, fullgraph=True, dynamic=dynamic, backend="eager")
+    for n in (7, 9, 12):
+        tensors = qkv(seqlen_k=n)
+        keywords = {
+            "window": (n, None), "q_offset": n - 2, "scale": 0.1 * n, "mask": torch.rand(2, 1, 1, n) < 0.5,
+            "bias": torch.randn(4, 1, n), "alibi_slopes": torch.randn(4), "softcap": n / 2, "sinks": torch.randn(4),
+            "dropout_p": 1 / n, "mask_mod": mods.document(torch.arange(5) // 2, torch.arange(n) // n),
+        }  # fmt: skip
+        found, expected = compiled(*tensors, **keywords), derived(*tensors, **keywords)
+        assert found[2:] == expected[2:]
+        assert all(torch.equal(x, y) for x, y in zip(found[1], expected[1], strict=True))
+    assert compiled(*tensors, softcap=3)[3] == derived(*tensors, softcap=3.0)[3]
