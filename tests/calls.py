@@ -7,7 +7,7 @@ import torch
 
 from flash.kernels import backward as backward_module
 from flash.kernels import forward as forward_module
-from flash.kernels.spec import Config, Configs
+from flash.kernels.spec import Config, Configs, Gradients
 from flash.problem import Problem
 from tests.bounds import Inputs, Outputs
 
@@ -45,20 +45,21 @@ def random_inputs(
 def forward(x: Inputs, config: Config = SMALL) -> Outputs:
     """Run the forward kernel."""
     p = Problem.of(x.q, x.k, x.v, **x.options)
-    return Outputs(*forward_module.forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.q_offset, config))
+    return Outputs(*forward_module.forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions, config))
 
 
 def backward(
     x: Inputs,
     configs: Configs = CONFIGS,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: tuple[bool, ...] = (True, True, True),
     found: Outputs | None = None,
 ) -> Outputs:
-    """Run the forward kernel, unless its outputs are given, and the backward kernels."""
+    """Run the forward kernel, unless its outputs are given, and the backward kernels; `needs` as in Gradients."""
     p = Problem.of(x.q, x.k, x.v, **x.options)
     found = forward(x, configs.forward) if found is None else found
+    wanted = Gradients(*needs, *[False] * (len(Gradients._fields) - len(needs)))
     gradients = backward_module.backward(
-        x.do, x.dlse, p.q, p.k, p.v, found.o, found.lse, p.mods, p.spec, p.scale, p.q_offset, configs, needs
+        x.do, x.dlse, p.q, p.k, p.v, found.o, found.lse, p.mods, p.spec, p.scale, p.positions, configs, wanted
     )
     return Outputs(found.o, found.lse, *gradients)
 
@@ -111,8 +112,11 @@ def far_inputs(place: Place, axis: str) -> Inputs:
 
 def tiles_seen(seqlen_q: int, seqlen_k: int, offset: int, block_m: int, block_n: int) -> int:
     """Tiles that at least one query sees under the causal rule, counted one by one."""
-    seen = 0
-    for row in range(0, seqlen_q, block_m):
-        last = min(row + block_m, seqlen_q) - 1 + offset
-        seen += sum(col <= last for col in range(0, seqlen_k, block_n))
-    return seen
+    visible = torch.arange(seqlen_k) <= torch.arange(seqlen_q)[:, None] + offset
+    return visible_tiles(visible, block_m, block_n)
+
+
+def visible_tiles(visible: torch.Tensor, block_m: int, block_n: int) -> int:
+    """Tiles of a bool [seqlen_q, seqlen_k] in which some query sees some key, counted one by one."""
+    rows, cols = (range(0, n, step) for n, step in zip(visible.shape, (block_m, block_n), strict=True))
+    return sum(bool(visible[i : i + block_m, j : j + block_n].any()) for i in rows for j in cols)
