@@ -1,4 +1,4 @@
-"""Calls drawn at random: shapes, strides, positions and tile sizes together, against the oracle.
+"""Calls drawn at random: shapes, strides, positions, tile sizes and three features together, against the oracle.
 
 In float64, where the oracle leaves no room for chance; on a CPU every access is checked as always.
 """
@@ -11,11 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash.kernels.spec import Config, Configs
-from tests import calls
+from tests import calls, features
 from tests.bounds import Inputs, check
 from tests.calls import Place, random_inputs
-
-pytestmark = pytest.mark.interpret
 
 BLOCKS = st.sampled_from([16, 32])
 CONFIGS = st.builds(Config, block_m=BLOCKS, block_n=BLOCKS, num_warps=st.just(4), num_stages=st.just(1))
@@ -65,14 +63,68 @@ CALLS = given(drawn(), st.builds(Configs, forward=CONFIGS, dkdv=CONFIGS, dq=CONF
 COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.interpret
 @settings(COMMON, max_examples=40)
 @CALLS
 def test_a_drawn_call_equals_the_oracle(place: Place, keywords: dict[str, Any], configs: Configs) -> None:
     hold(place, keywords, configs)
 
 
+@pytest.mark.interpret
 @pytest.mark.slow
 @settings(COMMON, max_examples=400)
 @CALLS
 def test_many_drawn_calls_equal_the_oracle(place: Place, keywords: dict[str, Any], configs: Configs) -> None:
     hold(place, keywords, configs)
+
+
+@st.composite
+def triples(draw: st.DrawFn) -> tuple[list[str], features.Sizes, int]:
+    """Three features that go together, the sizes of a call and a seed."""
+    names = draw(st.lists(st.sampled_from(features.NAMES), min_size=3, max_size=3, unique=True))
+    length = st.one_of(st.integers(0, 40), st.sampled_from([1, 15, 16, 17, 31, 32, 33]))
+    heads_k = draw(st.integers(1, 2))
+    sizes = features.Sizes(
+        batch=draw(st.integers(1, 3)),
+        heads=heads_k * draw(st.integers(1, 2)),
+        heads_k=heads_k,
+        seqlen_q=draw(length),
+        seqlen_k=draw(length),
+        head_dim=draw(st.integers(1, 24)),
+        head_dim_v=draw(st.integers(1, 24)),
+    )
+    if "packed" in names:
+        pairs = draw(st.lists(st.tuples(length, length), min_size=1, max_size=4))
+        sizes = sizes._replace(lengths=tuple(pairs))
+    return names, sizes, draw(st.integers(0, 2**16))
+
+
+def hold_triple(place: Place, backend: str, drawn: tuple[list[str], features.Sizes, int], configs: Configs) -> None:
+    """Run forward and backward of a call with these features and compare every output with the oracle."""
+    names, sizes, seed = drawn
+    torch.manual_seed(seed)
+    x = features.call_of(place, names, sizes)
+    check(features.run(x, backend, configs._asdict()), features.known(x))
+
+
+BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+TRIPLES = given(triples(), st.builds(Configs, forward=CONFIGS, dkdv=CONFIGS, dq=CONFIGS))
+
+
+@BOTH
+@settings(COMMON, max_examples=25)
+@TRIPLES
+def test_three_features_drawn_together_equal_the_oracle(
+    place: Place, backend: str, drawn: tuple[list[str], features.Sizes, int], configs: Configs
+) -> None:
+    hold_triple(place, backend, drawn, configs)
+
+
+@BOTH
+@pytest.mark.slow
+@settings(COMMON, max_examples=500)
+@TRIPLES
+def test_many_triples_of_features_equal_the_oracle(
+    place: Place, backend: str, drawn: tuple[list[str], features.Sizes, int], configs: Configs
+) -> None:
+    hold_triple(place, backend, drawn, configs)
