@@ -5,6 +5,7 @@ What a single argument must be is in `flash.checks`; here they come together, an
 """
 
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,7 +161,8 @@ class Problem:
         blocks = block_sizes = None
         if block_mask is not None:
             check_block_mask(block_mask, (q.shape[0], heads, seqlen_q, seqlen_k), device)
-            block_sizes = sizes_of(block_mask, seqlen_q, seqlen_k)
+            block_q, block_k = sizes_of(block_mask, seqlen_q, seqlen_k)
+            block_sizes = index(block_q), index(block_k)  # which makes constants of symbolic ones
             blocks = blocks_of(block_mask, q.shape[0], heads, seqlen_q, seqlen_k)
 
         spans = None if packed else spans_of(mask, mask_mod, seqlen_q, seqlen_k)

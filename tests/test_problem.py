@@ -455,3 +455,7 @@ def test_compile_traces_every_keyword_without_a_break_whatever_the_numbers(dynam
         assert found[2:] == expected[2:]
         assert all(torch.equal(x, y) for x, y in zip(found[1], expected[1], strict=True))
     assert compiled(*tensors, softcap=3)[3] == derived(*tensors, softcap=3.0)[3]
+    for n in (12, 13):
+        tensors, keywords = qkv(seqlen_k=n), {"block_mask": block_mask(5, n)}
+        expected = derived(*tensors, **keywords)  # a BlockMask is read outside of compiled code the first time
+        assert compiled(*tensors, **keywords)[3] == expected[3]
