@@ -10,10 +10,11 @@ import torch
 
 from .autograd import attend
 from .problem import ConfigLike, Problem, Window, check_flag
-from .twins import MaskMod, ScoreMod
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # slow to import, and whoever has one has done so
+
+    from .mods import MaskMod, ScoreMod  # bring Triton
 
 
 def flash_attention(
@@ -31,8 +32,8 @@ def flash_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
+    score_mod: "ScoreMod | None" = None,
+    mask_mod: "MaskMod | None" = None,
     block_mask: "BlockMask | None" = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
@@ -138,8 +139,8 @@ def flash_attention_varlen(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    score_mod: ScoreMod | None = None,
-    mask_mod: MaskMod | None = None,
+    score_mod: "ScoreMod | None" = None,
+    mask_mod: "MaskMod | None" = None,
     block_mask: "BlockMask | None" = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
