@@ -6,7 +6,9 @@ the first of the four output words is used. A round multiplies words 0 and 2 and
     word 0 = high(M1 * word 2) ^ word 1 ^ key 0        word 1 = low(M1 * word 2)
     word 2 = high(M0 * word 0) ^ word 3 ^ key 1        word 3 = low(M0 * word 0)
 
-In the first three rounds most words depend on the query alone or on the key alone, and broadcasting keeps them small.
+After two rounds only word 2 depends on both the query and the key, so that most of those rounds' work is O(n). Products
+of 32-bit words wrap around in int64 without harm: a shift and LOW find the high half, and the low half goes on as the
+whole product, as it meets a LOW before it is multiplied again. The rest runs in buffers small enough for a cache.
 """
 
 import torch
@@ -16,48 +18,69 @@ M0, M1 = 0xD2511F53, 0xCD9E8D57
 WEYL0, WEYL1 = 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF
 ROUNDS = 10
+CHUNK = 2**15  # counters at once on each thread; torch shares out no less
 
 
-def kept(seed: int, dropout_p: float, b: int, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """bool, True where the weight of batch b, head h, query i and key j stays; int64 h, i, j broadcast.
+def kept(seed: int, dropout_p: float, b: int, h: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where the weight of a batch, head, query and key stays, else 0: dtype [heads, rows, cols].
 
     Args:
         seed: 64 bits, the low half is key 0.
-        dropout_p: probability of False.
-        b, h, i, j: the counter, below 2**32.
+        dropout_p: probability of 0.
+        b: batch element, or packed sequence.
+        h, i, j: int64 [heads, 1, 1], [1, rows, 1] and [1, 1, cols].
+        dtype: of the answer.
     """
-    return first_word(seed, j, i, h, b) >= round(dropout_p * 2**32)
+    heads, rows, cols = len(h), i.shape[1], j.shape[2]
+    keep = torch.empty(heads, rows, cols, dtype=dtype, device=j.device)
+    step = min(rows, max(1, CHUNK * torch.get_num_threads() // (heads * cols)))
+    buffers = torch.empty(6, heads * step * cols, dtype=torch.int64, device=j.device)
+    for start in range(0, rows, step):
+        at = i[:, start : start + step]
+        shape = heads, at.shape[1], cols
+        words = [x[: heads * at.shape[1] * cols].view(shape) for x in buffers]
+        word = first_word(seed, j, at, h, b, words)
+        word -= round(dropout_p * 2**32)
+        word >>= 63  # -1 where dropped
+        keep[:, start : start + step] = word
+    return keep.add_(1)
 
 
-def first_word(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> Tensor:
-    """Word 0 of Philox4x32-10, int64 within [0, 2**32).
+def first_word(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: int, buffers: list[Tensor]) -> Tensor:
+    """Word 0 of Philox4x32-10 in one of six int64 buffers, whose shape c0 (keys), c1 (queries) and c2 broadcast to."""
+    keys = [((seed & LOW) + turn * WEYL0 & LOW, (seed >> 32 & LOW) + turn * WEYL1 & LOW) for turn in range(ROUNDS)]
+    word0, word2, p0, p1, old0, old1 = buffers
+    # rounds 1 and 2, up to word 2
+    k0, k1 = keys[0]
+    product0, product1 = c0 * M0, c2 * M1
+    by_row = (product1 >> 32 ^ c1 ^ k0) & LOW
+    by_col = (product0 >> 32 ^ c3 ^ k1) & LOW
+    k0, k1 = keys[1]
+    row_product, col_product = by_row * M0, by_col * M1
+    by_col = (col_product >> 32 ^ product1 ^ k0) & LOW
+    torch.bitwise_xor((row_product >> 32 ^ k1) & LOW, product0 & LOW, out=word2)
+    # round 3
+    k0, k1 = keys[2]
+    product0 = by_col * M0
+    torch.mul(word2, M1, out=old1)
+    high(old1, word0).bitwise_xor_(col_product).bitwise_xor_(k0).bitwise_and_(LOW)
+    torch.bitwise_xor((product0 >> 32 ^ k1) & LOW, row_product & LOW, out=word2)
+    older: Tensor = product0
+    for k0, k1 in keys[3:-2]:
+        torch.mul(word0, M0, out=p0)
+        torch.mul(word2, M1, out=p1)
+        high(p1, word0).bitwise_xor_(old1).bitwise_xor_(k0).bitwise_and_(LOW)
+        high(p0, word2).bitwise_xor_(older).bitwise_xor_(k1).bitwise_and_(LOW)
+        p0, p1, old0, old1 = old0, old1, p0, p1
+        older = old0
+    # the last round needs words 1 and 2 alone
+    torch.mul(word0, M0, out=p0)
+    torch.mul(word2, M1, out=p1)
+    high(p0, word2).bitwise_xor_(older).bitwise_xor_(keys[-2][1]).bitwise_and_(LOW)
+    torch.mul(word2, M1, out=p0)
+    return high(p0, word0).bitwise_xor_(p1).bitwise_xor_(keys[-1][0]).bitwise_and_(LOW)
 
-    Products of 32-bit words wrap around in int64 without harm: a shift and LOW find both halves. The low half needs no
-    LOW of its own, as it meets one again before the next product.
-    """
-    k0, k1 = seed & LOW, seed >> 32 & LOW
-    more: Tensor | int = c3
-    for turn in range(ROUNDS - 1):
-        p0, p1 = c0 * M0, c2 * M1
-        c0 = mixed(p1, c1, k0)
-        if turn == ROUNDS - 2:  # the last round uses words 1 and 2 alone
-            c2 = mixed(p0, more, k1)
-            c1 = p1
-            break
-        c2 = mixed(p0, more, k1)
-        c1, more = p1, p0
-        k0, k1 = (k0 + WEYL0) & LOW, (k1 + WEYL1) & LOW
-    k0 = (k0 + WEYL0) & LOW
-    return mixed(c2 * M1, c1, k0)
 
-
-def mixed(product: Tensor, word: Tensor | int, key: int) -> Tensor:
-    """high(product) ^ word ^ key, cut to 32 bits."""
-    high = product >> 32
-    if isinstance(word, Tensor) and word.dim() and torch.broadcast_shapes(high.shape, word.shape) != high.shape:
-        high = high ^ word
-    else:
-        high ^= word
-    high ^= key
-    high &= LOW
-    return high
+def high(product: Tensor, out: Tensor) -> Tensor:
+    """The high half of a product, its sign's copies above, in out."""
+    return torch.bitwise_right_shift(product, 32, out=out)

@@ -42,8 +42,10 @@ def score(call: Call, tile: Tile, q_tile: Tensor, k_tile: Tensor, slope: bool = 
         s.addcmul_(slopes_of(call, tile, s.dtype), distances(call, tile, s.dtype), value=-1.0)
     if mods.score_mod is not None:
         s, outer = modified(call, tile, s, slope)
-    if keep is not None:
-        s = s.masked_fill_(~keep, float("-inf"))
+    if keep is not None and bool(s.amax() < float("inf")):
+        s += hiding(keep, s.dtype)
+    elif keep is not None:
+        s.masked_fill_(~keep, float("-inf"))
     return Score(s, keep, outer, inner)
 
 
@@ -109,8 +111,7 @@ def visible(call: Call, tile: Tile) -> Tensor | None:
 
 
 def additive(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor | None:
-    """What is added to q . k * scale, [1, heads or 1, rows or 1, cols], None where nothing is; -inf where hidden, or NaN
-    where an operand is not finite there."""
+    """What is added to q . k * scale, [1, heads or 1, rows or 1, cols], or None; hidden is -inf, or NaN like a bias."""
     mods, keep = call.mods, visible(call, tile)
     terms = [] if keep is None else [hiding(keep, dtype)]
     if mods.bias is not None:
@@ -175,11 +176,12 @@ def block_mask(call: Call, tile: Tile) -> Tensor:
 
 
 def dropped(call: Call, tile: Tile) -> Tensor | None:
-    """bool [heads, rows, cols], which weights dropout keeps; None without dropout."""
+    """1 where dropout keeps the weight and 0 where not, [heads, rows, cols]; None without dropout."""
     if call.spec.dropout_p == 0.0:
         return None
     _, h, i, j = coordinates(call, tile)
-    return kept(int(call.mods.seed), call.spec.dropout_p, tile.b + call.origin.b, h, i, j)
+    b = tile.b + call.origin.b
+    return kept(int(call.mods.seed), call.spec.dropout_p, b, h, i, j, accumulator_dtype(call.q))
 
 
 def matmul(weights: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
