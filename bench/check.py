@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.cases import Case, reach, visible
 from bench.features import slopes
 from bench.peers import OURS, standard_attention
+from bench.philox import keep
 
 NAMES = ("o", "dq", "dk", "dv")
 FLOOR = 8 * torch.finfo(torch.float32).eps
@@ -135,16 +136,14 @@ def kept(case: Case, part: Part, piece: Piece, device: torch.device) -> Tensor |
     """What dropout multiplies the weights of a piece by: [1, group, rows, cols], float64; None without dropout."""
     if not case.traits.dropout_p:
         return None
-    from flash.philox import kept as keeps
-
     torch.manual_seed(DROPOUT_SEED)
     seed = int(torch.randint(0, 2**63 - 1, (1,), device=device))  # as a call draws it
     first = part.head_k * case.group
     h = torch.arange(first, first + case.group, device=device)[:, None, None]
     i = torch.arange(piece.rows.start, piece.rows.stop, device=device)[:, None]
     j = torch.arange(piece.cols.start, piece.cols.stop, device=device)
-    keep = keeps(seed, case.traits.dropout_p, part.batch, h, i, j)
-    return keep[None].double() / (1 - case.traits.dropout_p)
+    stays = keep(seed, case.traits.dropout_p, torch.full_like(j, part.batch), h, i, j)
+    return stays[None].double() / (1 - case.traits.dropout_p)
 
 
 def said(case: Case, part: Part, piece: Piece, operand: tuple[Tensor, ...], device: torch.device) -> dict[str, Any]:
@@ -191,9 +190,9 @@ def oracle(case: Case, part: Part, tensors: tuple[Tensor, ...], backward: bool =
     outputs = []
     for piece in pieces(case, SCORES_AT_ONCE):
         told = said(case, part, piece, own, q.device)
-        keep = kept(case, part, piece, q.device)
-        if keep is not None:
-            told["dropout_mask"] = keep
+        factor = kept(case, part, piece, q.device)
+        if factor is not None:
+            told["dropout_mask"] = factor
         o = attention(take(q, piece.rows), take(k, piece.cols), take(v, piece.cols), **told)
         if backward:
             o.backward(take(do, piece.rows))
@@ -240,8 +239,8 @@ def standard(case: Case, part: Part, tensors: tuple[Tensor, ...], backward: bool
             i, j = (torch.arange(x.start, x.stop, device=q.device) for x in (piece.rows, piece.cols))
             apart = (i[:, None] + (case.seqlen_k - case.seqlen_q) - j).abs()
             terms["bias"] = (-told["alibi_slopes"][:, None, None] * apart).to(q.dtype)[None]
-        if (keep := kept(case, part, piece, q.device)) is not None:
-            terms["drop"] = keep.to(q.dtype).mul
+        if (factor := kept(case, part, piece, q.device)) is not None:
+            terms["drop"] = factor.to(q.dtype).mul
         operands = take(q, piece.rows), take(k, piece.cols), take(v, piece.cols)
         o = standard_attention(*operands, hidden(case, piece, q.device), **terms)
         if backward:

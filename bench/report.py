@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bench import record as records
 from bench.cases import PASSES, Case
-from bench.features import FEATURES
+from bench.features import FEATURES, find
 from bench.peers import OURS, PEERS, STANDARD
 from bench.record import Record, Row
 
@@ -252,11 +252,13 @@ def stretch(record: Record, curve: Sequence[Case], what: str) -> str:
     peers = present(record, curve, what)
     if not peers:
         return ""
+    rows = [(peer, record.row(case.name, peer, what)) for peer in peers for case in curve]
+    weighed = [peer for peer in peers if any(row and row.peak_outcome for name, row in rows if name == peer)]
     lines = []
     for case in curve:
-        rows = [record.row(case.name, peer, what) for peer in peers]
-        lines.append([str(case.seqlen_k), *map(milliseconds, rows), *map(megabytes, rows)])
-    header = ["sequence length", *(f"{peer} ms" for peer in peers), *(f"{peer} MB" for peer in peers)]
+        times, peaks = ([record.row(case.name, peer, what) for peer in who] for who in (peers, weighed))
+        lines.append([str(case.seqlen_k), *map(milliseconds, times), *map(megabytes, peaks)])
+    header = ["sequence length", *(f"{peer} ms" for peer in peers), *(f"{peer} MB" for peer in weighed)]
     return f"## Long sequences: {curve[0].label}, causal, {NAMES[what]}, {where(curve[0])}\n\n{table(header, lines)}"
 
 
@@ -354,8 +356,9 @@ def environment(record: Record) -> str:
     lines += [f"  - {extent}: {', '.join(names)}" for extent, names in extents.items()]
     if machine["device"] == "cpu":
         lines.append("- no GPU was used: nothing here says anything about one")
-    if any(case.feature for case in record.cases.values()):
-        lines.append(f"- features: {'; '.join(f'{name}: {about.what}' for name, about in FEATURES.items() if name)}")
+    named = {find(case.feature)[0] for case in record.cases.values() if case.feature}
+    lines += ["- features:"] * bool(named)
+    lines += [f"  - {name}: {about.what}" for name, about in FEATURES.items() if name in named]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import cases as shapes
-from bench import check, features, measure, peers, plot, record, report, run
+from bench import check, features, measure, peers, philox, plot, record, report, run
 from bench.cases import Case
 from bench.measure import Effort, Latency
 from bench.peers import FLEX, OURS, PEERS, SDPA, STANDARD
@@ -149,6 +149,16 @@ def test_a_wrong_rate_of_dropout_is_caught(rate: float) -> None:
     assert row.outcome == "wrong" and "variance of o" in row.reason
     ours = measured(replace(PEERS[STANDARD], name=OURS), case=tiny("dropout"), settings=FAST)
     assert ours.rows["tiny", OURS, "forward"].outcome == "wrong"  # another generator than Philox
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "word"),
+    [(0, (0, 0, 0, 0), 0x6627E8D5), (2**64 - 1, (2**32 - 1,) * 4, 0x408F276D),
+     (0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0xD16CFE09)],
+)  # fmt: skip
+def test_philox_gives_the_published_words(key: int, counter: tuple[int, int, int, int], word: int) -> None:
+    c0, c1, c2, c3 = (torch.tensor(c) for c in counter)
+    assert int(philox.first_word(key, (c0, c1, c2, c3))) == word
 
 
 def test_long_sequences_on_a_cpu_are_timed_forward_and_standard_attention_ends_early() -> None:
