@@ -7,14 +7,14 @@
     dropped        .to(...), the mask of a load or store, the accumulator of a dot, options that change a value
     branches       `if` negated, the two sides of `a if c else b` swapped
 
-What cannot be seen by running, as `other=` under the interpreter, is left alone. Parameters, decorators, annotations and
-docstrings are no code of a body.
+What cannot be seen by running, as `other=` under the interpreter, is left alone. Parameters, decorators, annotations
+and docstrings are no code of a body.
 """
 
 import ast
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ CALLS = {
 TRANSPARENT = ("abs", "tanh", "floor", "ceil")  # functions of one number whose call can be left out
 OPTIONS = ("input_precision", "propagate_nan")
 WORDS = {"inf": "-inf", "-inf": "inf", "nan": "0"}  # in float("...")
+REACHED = "_statements_reached"
 Change = tuple[str, ast.AST]
 
 
@@ -70,7 +71,7 @@ class Mutant(NamedTuple):
         path: the source file, as it was given.
         function: name of the @triton.jit function.
         line: of the place.
-        lines: first and last line of the statement, without a body that it heads.
+        statement: line where the statement around it begins.
         text: the source line, trimmed, without its comment.
         change: what becomes of what.
         nth: which of the same changes of the same text in this function, from 1.
@@ -81,7 +82,7 @@ class Mutant(NamedTuple):
     path: str
     function: str
     line: int
-    lines: tuple[int, int]
+    statement: int
     text: str
     change: str
     nth: int
@@ -115,17 +116,9 @@ def mutants(path: str, source: str) -> list[Mutant]:
                 line = getattr(node, "lineno", statement.lineno)
                 text = lines[line - 1].split("  #")[0].strip()
                 seen[text, change] += 1
-                extent = (statement.lineno, last_line(statement))
-                found.append(
-                    Mutant(path, function.name, line, extent, text, change, seen[text, change], place, choice)
-                )
+                nth = seen[text, change]
+                found.append(Mutant(path, function.name, line, statement.lineno, text, change, nth, place, choice))
     return found
-
-
-def last_line(statement: ast.stmt) -> int:
-    """Last line of a statement, or of the head of one that has a body."""
-    head = getattr(statement, "test", None) or getattr(statement, "iter", None)
-    return (head or statement).end_lineno or statement.lineno
 
 
 def mutated(source: str, mutant: Mutant) -> ast.FunctionDef:
@@ -191,7 +184,8 @@ def changes_of_constant(node: ast.Constant) -> Iterator[Change]:
     if isinstance(value, bool):
         yield f"{value} becomes {not value}", changed(node, value=not value)
     elif isinstance(value, (int, float)):
-        yield f"{value} becomes {value + 1}", changed(node, value=value + 1)
+        other = value + 1 if value + 1 != value else 2 * value
+        yield f"{value} becomes {other}", changed(node, value=other)
     elif isinstance(value, str) and value in WORDS:
         yield f"{value} becomes {WORDS[value]}", changed(node, value=WORDS[value])
 
@@ -220,6 +214,22 @@ def changes_of_call(node: ast.Call) -> Iterator[Change]:
             yield "mask dropped", changed(node, keywords=[*before, ast.keyword("mask", everywhere), *after])
 
 
+def marked(function: ast.FunctionDef, path: str) -> ast.FunctionDef:
+    """The function, noting each statement that it comes to as (path, line) in a global set, REACHED."""
+
+    def mark(statements: list[ast.stmt]) -> list[ast.stmt]:
+        found: list[ast.stmt] = []
+        for statement in statements:
+            for field in ("body", "orelse"):
+                if hasattr(statement, field):
+                    setattr(statement, field, mark(getattr(statement, field)))
+            found += [*ast.parse(f"{REACHED}.add(({path!r}, {statement.lineno}))").body, statement]
+        return found
+
+    function.body = mark(function.body)
+    return function
+
+
 def changed(node: Any, **fields: Any) -> Any:
     """A copy of a node with some fields replaced."""
     node = copy.copy(node)
@@ -228,13 +238,15 @@ def changed(node: Any, **fields: Any) -> Any:
     return node
 
 
-def install(function: InterpretedFunction, tree: ast.FunctionDef, path: str) -> Callable[..., Any]:
-    """Let every caller of an interpreted function run another body, as the interpreter itself would compile it."""
-    function.rewrite()  # lends the function's module the names that compiled bodies use
+def install(function: InterpretedFunction, tree: ast.FunctionDef, path: str, **names: Any) -> None:
+    """Let every caller of an interpreted function run another body, as the interpreter itself would compile it.
+
+    `names` join the function's globals, as those do that compiled bodies use.
+    """
+    function.rewrite()
+    function.fn.__globals__.update(names)
     tree.decorator_list = []
     module = ast.Module([FunctionRewriter.ast_transformer.visit(tree)], [])
     namespace: dict[str, Any] = {}
     exec(compile(ast.fix_missing_locations(module), path, "exec"), function.fn.__globals__, namespace)
-    body: Callable[..., Any] = namespace[tree.name]
-    InterpretedFunction.rewritten_fn[function.fn] = body
-    return body
+    InterpretedFunction.rewritten_fn[function.fn] = namespace[tree.name]

@@ -4,13 +4,14 @@
     python -m tests.mutation.run --sample 100 --seed 3    some of them
     python -m tests.mutation.run --only score.visible     those whose name holds a text
 
-One process imports everything and runs the slice once, noting which lines each case reaches. A mutant is a fork of it:
-the change is compiled in place of the function, and the cases that reach its line are run until one fails. A crash or
+One process imports everything and runs the slice once, noting which statements each case reaches. A mutant is a fork of
+it: the change is compiled in place of the function, and the cases that reach it are run until one fails. A crash or
 a time-out is a failure too. Survivors must be in survivors.txt, each with the reason that no test could tell it from
 the original.
 """
 
 import argparse
+import ast
 import gc
 import importlib
 import os
@@ -20,9 +21,8 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,7 @@ LIST = Path(__file__).with_name("survivors.txt")
 SOURCES = ("kernels/*.py", "flash/mods.py")
 LEAST = 0.97  # of the mutants that are not equivalent
 PATIENCE = 5.0  # seconds, and ten times what the cases take unchanged
+BRIEF = 10  # cases that are shown a mutant which is listed as equivalent
 
 
 class Result(NamedTuple):
@@ -95,83 +96,75 @@ def watch() -> None:
     slice.watch_allocations()
 
 
-class Lines:
-    """Notes which lines of the mutated files a call reaches."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.names = {path: str((ROOT / path).resolve()) for path in paths}
-        self.known: dict[str, str | None] = {}
-        self.reached: set[tuple[str, int]] = set()
-
-    def path_of(self, filename: str) -> str | None:
-        """The mutated file that code was compiled from, also through a link."""
-        if filename not in self.known:
-            real = os.path.realpath(filename)
-            self.known[filename] = next((path for path, name in self.names.items() if name == real), None)
-        return self.known[filename]
-
-    def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
-        path = self.path_of(frame.f_code.co_filename)
-        if path is None:
-            return None
-
-        def local(frame: FrameType, event: str, arg: Any) -> Any:
-            if event == "line":
-                self.reached.add((path, frame.f_lineno))
-            return local
-
-        return local
-
-    def of(self, call: Callable[[], Any]) -> Any:
-        self.reached = set()
-        sys.settrace(self.trace)
-        try:
-            return call()
-        finally:
-            sys.settrace(None)
+def interpreted(path: str, name: str) -> Any:
+    """A @triton.jit function of a source file, as callers hold it."""
+    path = path if path.startswith(("flash/", "tests/")) else f"flash/{path}"
+    return getattr(importlib.import_module(path[:-3].replace("/", ".")), name)
 
 
 class Trial:
-    """The slice, run once unchanged: what each case needs, and where it goes."""
+    """The slice, run once unchanged: what each case needs, and where it goes.
 
-    def __init__(self, cases: Iterable[Any], verbose: bool = False) -> None:
-        from tests.mutation import slice
+    Args:
+        sources: the text of each mutated file, by its path from the root.
+        cases: calls, each with a name.
+        prepare: makes of a case what `check` takes: with the case and its seconds; raises where it is wrong.
+        check: what is wrong with a prepared case by the kernels as they now are.
+        equivalent: names of mutants that no test can kill.
+        verbose: print each case with its seconds.
+    """
 
-        self.sources = sources()
-        self.check = slice.check
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        cases: Iterable[Any],
+        prepare: Callable[[Any], Any],
+        check: Callable[[Any], str],
+        equivalent: Iterable[str] = (),
+        verbose: bool = False,
+    ) -> None:
+        self.sources, self.check, self.equivalent = sources, check, frozenset(equivalent)
         self.prepared: list[Any] = []
-        self.seconds: list[float] = []
         self.cases_at: dict[tuple[str, int], list[int]] = defaultdict(list)
-        lines = Lines(self.sources)
-        for i, case in enumerate(cases):
-            self.prepared.append(slice.prepare(case, lines.of))
-            start = time.perf_counter()
-            complaint = self.check(self.prepared[-1])
-            self.seconds.append(time.perf_counter() - start)
-            if complaint:
-                raise AssertionError(f"{case.name}: a second run differs: {complaint}")
-            for place in lines.reached:
-                self.cases_at[place].append(i)
-            if verbose:
-                print(f"  {self.seconds[-1]:.2f} s  {case.name}", flush=True)
         self.killers: dict[str, Counter[int]] = defaultdict(Counter)
+        reached = self.mark()
+        for i, case in enumerate(cases):
+            reached.clear()
+            self.prepared.append(prepare(case))
+            for statement in reached:
+                self.cases_at[statement].append(i)
+            if verbose:
+                print(f"  {self.prepared[-1].seconds:.2f} s  {case.name}", flush=True)
+
+    def mark(self) -> set[tuple[str, int]]:
+        """Let every function note the statements that it comes to in a set."""
+        from tests.mutation.mutator import REACHED, install, jit_functions, marked
+
+        reached: set[tuple[str, int]] = set()
+        for path, source in self.sources.items():
+            for function in jit_functions(ast.parse(source)):
+                body = marked(function, path)
+                install(interpreted(path, function.name), body, str(ROOT / path), **{REACHED: reached})
+        return reached
 
     def order(self, mutant: Any) -> list[int]:
-        """The cases that reach a mutant: first those that killed others of its function, then the quickest."""
-        first, last = mutant.lines
-        reach = {i for line in range(first, last + 1) for i in self.cases_at[mutant.path, line]}
-        return sorted(reach, key=lambda i: (-self.killers[mutant.function][i], self.seconds[i]))
+        """The cases that reach a mutant: first those that killed others of its function, then the quickest.
+
+        Those that no test can kill are spared most of the cases, which would be most of the work.
+        """
+        reach = self.cases_at[mutant.path, mutant.statement]
+        order = sorted(reach, key=lambda i: (-self.killers[mutant.function][i], self.prepared[i].seconds))
+        return order[:BRIEF] if mutant.name in self.equivalent else order
 
     def attempt(self, mutant: Any, order: list[int], pipe: int) -> None:
         """In a fork: run the cases on a mutant; write the number of the one that fails, and why, into the pipe."""
         from tests.mutation.mutator import install, mutated
 
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE + 10 * sum(self.seconds[i] for i in order))
-        module = importlib.import_module("flash." + mutant.path.removeprefix("flash/")[:-3].replace("/", "."))
-        function = getattr(module, mutant.function)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE + 10 * sum(self.prepared[i].seconds for i in order))
         try:
-            install(function, mutated(self.sources[mutant.path], mutant), str(ROOT / mutant.path))
+            body = mutated(self.sources[mutant.path], mutant)
+            install(interpreted(mutant.path, mutant.function), body, str(ROOT / mutant.path))
         except SyntaxError as error:
             os.write(pipe, f"-1 {error}".encode())
             return
@@ -232,6 +225,13 @@ class Trial:
             yield self.collect(mutant, status, pipe, time.perf_counter() - start)
 
 
+def verdict(results: Sequence[Result], equivalent: Mapping[str, str]) -> tuple[int, int, int, float]:
+    """How many mutants were killed, survived as listed, survived otherwise; and the rate of those not equivalent."""
+    killed = sum(bool(result.killer) for result in results)
+    same = sum(not result.killer and result.mutant.name in equivalent for result in results)
+    return killed, same, len(results) - killed - same, killed / max(1, len(results) - same)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants drawn at random; default: all")
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print every case, and what killed each mutant")
     options = parser.parse_args(arguments)
     watch()
-    from tests.mutation.slice import CASES
+    from tests.mutation.slice import CASES, check, prepare
 
     equivalent = listed(LIST.read_text(encoding="utf-8"))
     mutants = [mutant for mutant in every_mutant() if options.only in mutant.name]
@@ -251,33 +251,26 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants, drawn with --seed {options.seed}")
     start = time.perf_counter()
-    trial = Trial(CASES, options.verbose)
+    trial = Trial(sources(), CASES, prepare, check, equivalent, options.verbose)
     print(f"{len(CASES)} cases run unchanged in {time.perf_counter() - start:.0f} s", flush=True)
 
-    killed, same, new = 0, 0, []
-    start = time.perf_counter()
+    start, results = time.perf_counter(), []
     for result in trial.results(mutants, options.jobs):
-        mutant = result.mutant
-        place = f"{mutant.path}:{mutant.line}"
+        results.append(result)
+        mutant, is_listed = result.mutant, result.mutant.name in equivalent
+        line = f"{mutant.path}:{mutant.line}  {mutant.name}"
         if options.verbose:
-            print(f"{result.seconds:.2f} s  {place}  {mutant.name}  <-  {result.killer or 'survived'}", flush=True)
-        if result.killer:
-            killed += 1
-            if mutant.name in equivalent:
-                print(f"listed as equivalent, but killed: {place}  {mutant.name}\n    by {result.killer}", flush=True)
-        elif mutant.name in equivalent:
-            same += 1
-        else:
-            new.append(mutant)
-            reached = "" if trial.order(mutant) else "  (no case reaches it)"
-            print(f"survived: {place}  {mutant.name}{reached}", flush=True)
+            print(f"{result.seconds:.2f} s  {line}  <-  {result.killer or 'survived'}", flush=True)
+        if result.killer and is_listed:
+            print(f"listed as equivalent, but killed: {line}\n    by {result.killer}", flush=True)
+        elif not result.killer and not is_listed:
+            print(f"survived: {line}{'' if trial.order(mutant) else '  (no case reaches it)'}", flush=True)
     for name in gone:
         print(f"listed, but there is no such mutant: {name}")
-    seconds = time.perf_counter() - start
-    rate = killed / max(1, len(mutants) - same)
+    killed, same, new, rate = verdict(results, equivalent)
     print(
-        f"{len(mutants)} mutants in {seconds:.0f} s: {killed} killed, {same} equivalent, {len(new)} survived; "
-        f"{100 * rate:.1f} % of those not equivalent killed"
+        f"{len(results)} mutants in {time.perf_counter() - start:.0f} s: {killed} killed, {same} equivalent, "
+        f"{new} survived; {100 * rate:.1f} % of those not equivalent killed"
     )
     return 1 if new or gone or rate < LEAST else 0
 
