@@ -243,7 +243,9 @@ def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
             spec |= {"hides": True, "mask_rows": True, "mask_cols": True}
         elif feature == "padding":
             operands["mask"] = _view("u8", False)
-            operands["spans"] = Spans(*(_view("i32", False) for _ in Spans._fields))
+            operands |= dict.fromkeys(
+                Spans._fields, View(integer, _Leaf("i32"), _Leaf("i32"), *2 * [_Leaf("constexpr", 1)])
+            )
             spec |= {"hides": True, "mask_cols": True}
         elif feature == "bias":
             operands["bias"] = _view(dtype, True)
@@ -274,8 +276,7 @@ def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
             }
             spec |= {"hides": True}
         elif feature == "blocks":
-            view = _view("i32", False)
-            operands["blocks"] = Blocks(view, integer, view, view, view, view)
+            operands |= dict.fromkeys(Blocks._fields, _view("i32", False)) | {"bits": integer}
             spec |= {"blocks": (128, 128)}
         elif feature == "packed":
             names = ("q_offset", "starts_q", "starts_k", "tiles")

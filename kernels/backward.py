@@ -165,7 +165,7 @@ def dq_kernel(
         dq_tile = tile.spoiled(score.derivative(acc, scale), mods, b)
         tile.store(dq, dq_tile, b, h, q0 + row, row_end, shape.head_dim)
     if dslopes is not None:
-        tile.store_rows(shares, tile.spoiled(slopes_acc, mods, b), b, h, q0 + row, row_end)
+        tile.store_rows(shares, slopes_acc, b, h, q0 + row, row_end)
 
 
 def backward(
@@ -242,7 +242,15 @@ def of_slopes(dslopes: torch.Tensor, mods: Mods) -> torch.Tensor:
 
 
 def of_sinks(lse: torch.Tensor, delta: torch.Tensor, mods: Mods) -> torch.Tensor:
-    """The gradient of the sinks: each is the weight exp(sink - lse) of a key whose value is 0."""
+    """The gradient of the sinks: each is the weight exp(sink - lse) of a key whose value is 0.
+
+    Rows without keys and sink, rows of nobody and rows of a bad sequence add nothing.
+    """
     weights = (mods.sinks.to(lse.dtype)[:, None] - lse).exp()
-    total = (weights * delta).masked_fill(lse == float("-inf"), 0.0).sum((0, 2))
+    nobody = lse == float("-inf")
+    if mods.bad is not None:
+        rows = torch.arange(lse.shape[2], dtype=mods.starts_q.dtype, device=lse.device)
+        owner = torch.searchsorted(mods.starts_q, rows, right=True).sub_(1).clamp_(0, len(mods.bad) - 1)
+        nobody = nobody | mods.bad[owner]  # of rows without an owner lse is -inf
+    total = (weights * delta).masked_fill(nobody, 0.0).sum((0, 2))
     return torch.empty_like(mods.sinks).copy_(-total)

@@ -20,7 +20,7 @@ def of_keys(row, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.cons
     """Tiles of keys that queries row ... row + BLOCK_M - 1 see."""
     begin, end = bounds_of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     if spec.blocks is not None and mods.tiles is None:
-        lists, counts = mods.blocks.keys, mods.blocks.key_counts
+        lists, counts = mods.keys, mods.key_counts
         return listed(lists, counts, b, h, row // spec.blocks[0], end)
     else:
         full_begin, full_end = 0, sizes.seqlen_k // BLOCK_N * BLOCK_N
@@ -45,8 +45,8 @@ def bounds_of_keys(row, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: 
         end = tl.minimum(end, within(last, offset, sizes.right, 1, sizes.seqlen_k))
     if spec.left:
         begin = within(row, offset, -sizes.left, 0, sizes.seqlen_k) // BLOCK_N * BLOCK_N
-    if mods.spans is not None:
-        lowest, highest = span(mods.spans.key_begin, mods.spans.key_end, b, h, row, sizes.seqlen_q, end, BLOCK_M)
+    if mods.key_begin is not None:
+        lowest, highest = span(mods.key_begin, mods.key_end, b, h, row, sizes.seqlen_q, end, BLOCK_M)
         begin, end = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N), tl.minimum(end, highest)
     return begin, end
 
@@ -66,11 +66,11 @@ def of_queries(col, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.c
     if spec.left:
         full_end = tl.minimum(full_end, within(col, -offset, sizes.left, 1, sizes.seqlen_q) // BLOCK_M * BLOCK_M)
         end = tl.minimum(end, within(last, -offset, sizes.left, 1, sizes.seqlen_q))
-    if mods.spans is not None:
-        lowest, highest = span(mods.spans.query_begin, mods.spans.query_end, b, h, col, sizes.seqlen_k, end, BLOCK_N)
+    if mods.key_begin is not None:
+        lowest, highest = span(mods.query_begin, mods.query_end, b, h, col, sizes.seqlen_k, end, BLOCK_N)
         begin, end = tl.maximum(begin, lowest // BLOCK_M * BLOCK_M), tl.minimum(end, highest)
     if spec.blocks is not None and mods.tiles is None:
-        lists, counts = mods.blocks.queries, mods.blocks.query_counts
+        lists, counts = mods.queries, mods.query_counts
         return listed(lists, counts, b, h, col // spec.blocks[1], end)
     else:
         return band(begin, full_begin, full_end, end, spec)

@@ -54,12 +54,13 @@ def dbias_kernel(
         h, b = h_bias + pair % shared_heads, b_bias + pair // shared_heads
         h_k = h // shape.group
         q0, k0, own = tile.sequence(mods, sizes, b)
-        acc = tile.spoiled(acc, mods, b)
         offset = tile.first_position(mods, own, b)
         row_end = q0 + own.seqlen_q
         top, bottom = strip * BLOCK_M, own.seqlen_q
         if spec.bias_rows:
             top, bottom = own_row, tl.minimum(own_row + BLOCK_M, own.seqlen_q)
+        if mods.bad is not None:  # it adds nothing: NaN would reach what other sequences share
+            bottom = tl.where(tile.bad(mods, b), 0, bottom)
         for r in range(tl.cdiv(tl.maximum(bottom - top, 0), strips * BLOCK_M)):
             row = top + r * strips * BLOCK_M
             i = (row + tl.arange(0, BLOCK_M))[:, None]

@@ -7,7 +7,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spans, Spec, View
+from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spec, View
 
 # Lengths are never specialised, so that a new one compiles nothing. They reach a kernel one by one and become a Sizes
 # there, since Triton (3.6 to 3.9) specialises the members of a tuple whatever do_not_specialize says.
@@ -64,8 +64,8 @@ def prepare(mods: Mods, spec: Spec) -> tuple[Operands, Spec]:
         starts_q=mods.starts_q,
         starts_k=mods.starts_k,
         bad=None if mods.bad is None else mods.bad.view(torch.uint8),
-        blocks=None if mods.blocks is None else blocks_of(mods.blocks),
-        spans=None if mods.spans is None else Spans(*(spread(x.unsqueeze(3)) for x in mods.spans)),
+        **({} if mods.blocks is None else views_of(mods.blocks)),
+        **({} if mods.spans is None else {name: spread(x.unsqueeze(3)) for name, x in mods.spans._asdict().items()}),
         score_fn=None if mods.score_mod is None else mods.score_mod.fn,
         score_derivative=None if mods.score_mod is None else mods.score_mod.derivative,
         score_args=None if mods.score_mod is None else mods.score_mod.args,
@@ -74,15 +74,9 @@ def prepare(mods: Mods, spec: Spec) -> tuple[Operands, Spec]:
     ), spec
 
 
-def blocks_of(blocks: Blocks) -> Blocks:
+def views_of(blocks: Blocks) -> dict[str, Any]:
     """A block mask as kernels read it."""
-    return blocks._replace(
-        state=spread(blocks.state),
-        keys=spread(blocks.keys),
-        key_counts=spread(blocks.key_counts),
-        queries=spread(blocks.queries),
-        query_counts=spread(blocks.query_counts),
-    )
+    return {name: x if name == "bits" else spread(x) for name, x in blocks._asdict().items()}
 
 
 def cut(x: torch.Tensor, mods: Mods, operands: Operands, by_key: bool, block: int) -> tuple[int, Operands]:

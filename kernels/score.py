@@ -166,9 +166,8 @@ def in_blocks(at, mods, keep, spec: tl.constexpr):
     KEYS: tl.constexpr = spec.blocks[1]
     WORDS: tl.constexpr = (KEYS + 31) // 32
     i, j = at.q0 + at.i, at.k0 + at.j
-    state_of = mods.blocks.state
-    ptrs = tile.origin(state_of, at.b, at.h) + (i // QUERIES) * state_of.stride_s + (j // KEYS) * state_of.stride_d
-    state = tl.load(ptrs, mask=keep, other=-1)
+    base = tile.origin(mods.state, at.b, at.h)
+    state = tl.load(base + (i // QUERIES) * mods.state.stride_s + j // KEYS, mask=keep, other=-1)
     word = (state.to(tl.int64) * QUERIES + i % QUERIES) * WORDS + j % KEYS // 32
-    bits = tl.load(mods.blocks.bits + word, mask=keep & (state >= 0), other=0)
+    bits = tl.load(mods.bits + word, mask=keep & (state >= 0), other=0)
     return (state == EVERY) | ((bits >> (j % KEYS % 32)) & 1 != 0)

@@ -141,8 +141,17 @@ class Operands(NamedTuple):
     starts_k: Any = None  # pointer
     bad: Any = None  # pointer to bytes
     tiles: Any = None  # pointer to int32 [batch + 1]: how many tiles the packed sequences before each one have
-    blocks: Any = None  # Blocks of Views, bits a pointer
-    spans: Any = None  # Spans of Views
+    # Blocks and Spans member by member: Triton 3.6 loses a stride of 1 in a View two tuples deep.
+    state: Any = None  # View
+    bits: Any = None  # pointer
+    keys: Any = None  # Views from here on
+    key_counts: Any = None
+    queries: Any = None
+    query_counts: Any = None
+    key_begin: Any = None
+    key_end: Any = None
+    query_begin: Any = None
+    query_end: Any = None
     score_fn: Any = (
         None  # @triton.jit functions, never constants: a constant of the same name would reuse the old kernel
     )

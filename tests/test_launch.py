@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.aot
 
-CALLS = """
+DRIVER = """
 import json, torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -39,7 +39,9 @@ class StandIn(DriverBase):
 
 
 driver.set_active(StandIn())
+"""
 
+CALLS = """
 from flash.kernels import backward, forward
 from flash.kernels.launch import LENGTHS
 from flash.kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
@@ -61,17 +63,60 @@ counts, signature = call(128, 128, 0)
 more = [call(*lengths)[0] for lengths in ((64, 256, 192), (128, 112, -16), (128, 128, 1), (37, 51, 14))]
 scaled, _ = call(128, 128, 0, scale=0.3)
 offset, _ = call(128, 128, 0, q_offset=torch.zeros(2, dtype=torch.int64))
-found = {"counts": counts, "more": more, "scaled": scaled, "offset": offset, "scale": signature["scale"]}
+found = {"counts": counts, "more": more, "scaled": scaled, "offset": offset}
+found["scale"] = signature["scale"]
 print(json.dumps(found | {"sizes": [signature[name] for name in LENGTHS], "q": list(signature["q"])}))
 """
 
 
-@pytest.fixture(scope="module")
-def found() -> Any:
-    # the driver is one for a whole process
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CALLS], capture_output=True, text=True)
+EVERYTHING = """
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flash import mods
+from flash.kernels import backward, forward
+from flash.kernels.spec import Config, Configs, Gradients
+from flash.problem import Problem
+
+config = Config(32, 32, 4, 1)
+
+
+def everything(seqlen_q, seqlen_k, **keywords):
+    # an operand of every kind through every kernel
+    q, k = torch.randn(2, 4, seqlen_q, 64).half(), torch.randn(2, 2, seqlen_k, 64).half()
+    problem = Problem.of(
+        q, k, k, bias=torch.randn(1, 4, seqlen_q, seqlen_k), alibi_slopes=torch.ones(4), sinks=torch.ones(4),
+        mask=torch.ones(2, 1, 1, seqlen_k, dtype=torch.bool), softcap=30.0, dropout_p=0.1, window=(60, 20),
+        score_mod=mods.tanh_softcap(20.0), **keywords,
+    )
+    seeded = problem.mods._replace(seed=torch.zeros(1, dtype=torch.int64))
+    args = seeded, problem.spec, problem.scale, problem.positions
+    o, lse = forward.forward(q, k, k, *args, config)
+    needs = Gradients(True, True, True, True, True, True)
+    found = backward.backward(o, None, q, k, k, o, lse, *args, Configs(config, config, config), needs)
+    return all(x is not None for x in found)
+
+
+ids = torch.arange(150).expand(2, 150).contiguous() // 40
+whole = everything(150, 150, mask_mod=mods.document(ids))
+for seqlen_q, seqlen_k in ((100, 150), (1, 64), (64, 1)):  # lists of one block have strides of 1
+    visible = lambda b, h, i, j: (i + j) % 3 > 0
+    block_mask = create_block_mask(visible, None, None, seqlen_q, seqlen_k, "cpu", BLOCK_SIZE=64)
+    whole &= everything(seqlen_q, seqlen_k, block_mask=block_mask)
+print(json.dumps(whole))
+"""
+
+
+def printed(script: str) -> Any:
+    """What a script prints as JSON, in a process of its own: the driver is one for a whole process."""
+    command = [sys.executable, "-W", "ignore", "-c", DRIVER + script]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return printed(CALLS)
 
 
 def test_a_new_length_offset_or_scale_compiles_nothing(found: Any) -> None:
@@ -88,3 +133,8 @@ def test_the_scale_arrives_in_64_bits_and_lengths_unspecialised(found: Any) -> N
     assert found["scale"] == "fp64"
     assert found["sizes"] == ["i32"] * 7
     assert found["q"][-1] == "constexpr"  # a last stride of 1 is known, so that loads are wide
+
+
+@pytest.mark.slow
+def test_every_operand_has_its_place_in_a_launch() -> None:
+    assert printed(EVERYTHING)
