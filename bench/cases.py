@@ -254,8 +254,9 @@ def cpu() -> list[Case]:
 
 def features(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
     """One shape with nothing, with a causal mask, and with each feature of bench.features."""
+    head_dims: tuple[int, ...] = (64, 128)
     if device.type == "cuda":
-        batch, heads, seqlen, head_dims = 4, 16, 4096, (64, 128)
+        batch, heads, seqlen = 4, 16, 4096
     else:
         batch, heads, seqlen, head_dims, dtype = 1, 8, 2048, (64,), "float32"
     heads, seqlen, head_dims = (2, 128, (16,)) if quick else (heads, seqlen, head_dims)

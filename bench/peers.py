@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import Case, reach, visible
-from bench.features import document_ids, document_starts, filled, find, slopes
+from bench.features import document_ids, document_starts, find, slopes
+from bench.flex import flex, flex_absent, flex_mask
 
 Attention = Callable[..., torch.Tensor]  # of q, k, v and the feature's operand
-Closure = Callable[..., torch.Tensor]
 
 STANDARD = "standard"
 OURS = "flash"
 SDPA = "sdpa"
 FLEX = "flex"
-COMPILED_MASKS = 16384  # keys from which FlexAttention's BlockMask is made without a bool for each pair
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def standard(case: Case, device: torch.device) -> Iterator[Attention]:
     drop = partial(F.dropout, p=feature.dropout_p) if feature.dropout_p else None
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
-        terms = {"bias": bias} | dict(zip([feature.operand], operand, strict=False))
+        terms: dict[str, Any] = {"bias": bias} | dict(zip([feature.operand], operand, strict=False))
         return standard_attention(q, k, v, hidden, softcap=feature.softcap, drop=drop, **terms)
 
     yield attention
@@ -134,7 +133,11 @@ def sdpa(backend: str | None) -> Callable[[Case, torch.device], AbstractContextM
             mask = causal_lower_right(case.seqlen_q, case.seqlen_k)
         elif not only_causal and mask is None:
             mask = seen(case, device)
-        told = {"is_causal": only_causal and square, "enable_gqa": case.group > 1, "dropout_p": case.traits.dropout_p}
+        told: dict[str, Any] = {
+            "is_causal": only_causal and square,
+            "enable_gqa": case.group > 1,
+            "dropout_p": case.traits.dropout_p,
+        }
 
         def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=operand[0] if operand else mask, **told)
@@ -156,108 +159,6 @@ def cuda_only(case: Case, device: torch.device) -> str | None:
 def cuda_sdpa_absent(case: Case, device: torch.device) -> str | None:
     """The reason of SDPA backends for CUDA: the device, or the feature."""
     return cuda_only(case, device) or sdpa_absent(case, device)
-
-
-def flex_absent(case: Case, device: torch.device) -> str | None:
-    """FlexAttention counts where it is compiled, and has a backward where one is timed."""
-    if case.traits.dropout_p:
-        return "FlexAttention has no dropout"
-    if device.type == "cuda" or case.series == "long":
-        return None
-    return "compiled FlexAttention has no backward on a CPU, and eager FlexAttention materialises the scores"
-
-
-def flex_mask(case: Case, device: torch.device) -> Closure | None:
-    """The case's visibility as FlexAttention's mask_mod; None where all see all."""
-    name, feature, size = find(case.feature)
-    offset, last = case.seqlen_k - case.seqlen_q, filled(case.seqlen_k)
-    ids = document_ids(case.seqlen_k, size).to(device) if name in ("document", "varlen") else None
-    dense = visible(case, range(case.seqlen_q), range(case.seqlen_k), device) if name == "mask" else None
-
-    def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return j <= i + offset
-
-    def window(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return (j <= i + offset) & (j > i + offset - size)
-
-    def padding(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return j < last
-
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return dense[i, j]  # type: ignore[index]
-
-    def document(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return ids[i] == ids[j]  # type: ignore[index]
-
-    def pattern(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return feature.visible(i, j, size)  # type: ignore[misc]
-
-    own: dict[str, Closure] = {
-        "window": window, "padding": padding, "mask": mask, "document": document, "varlen": document,
-        "block mask": pattern,
-    }  # fmt: skip
-    found = own.get(name)
-    if not case.causal:
-        return found
-    if found is None or name == "window":
-        return found or causal
-
-    def both(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return found(b, h, i, j) & causal(b, h, i, j)
-
-    return both
-
-
-def flex_score(case: Case, operand: tuple[torch.Tensor, ...], device: torch.device) -> Closure | None:
-    """The case's change of the score as FlexAttention's score_mod; None where there is none."""
-    cap, offset, steep = case.traits.softcap, case.seqlen_k - case.seqlen_q, slopes(case.heads).to(device)
-
-    def softcap(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return cap * torch.tanh(s / cap)
-
-    def alibi(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return s - steep[h] * (i + offset - j).abs()
-
-    def key_bias(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return s + operand[0][b, 0, 0, j]
-
-    def bias(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return s + operand[0][0, h, i, j]
-
-    name = find(case.feature)[0].removesuffix(" gradient")
-    own: dict[str, Closure] = {"softcap": softcap, "alibi": alibi, "key bias": key_bias, "bias": bias}
-    return own.get(name)
-
-
-@contextmanager
-def flex(case: Case, device: torch.device) -> Iterator[Attention]:
-    """FlexAttention, compiled, with a BlockMask where something is hidden; sinks by its lse, as transformers has it."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
-
-    block_mask = None
-    if (mask := flex_mask(case, device)) is not None:
-        whole = case.seqlen_k < COMPILED_MASKS or device.type == "cpu"
-        make = create_block_mask if whole else torch.compile(create_block_mask)
-        block_mask = make(mask, None, None, case.seqlen_q, case.seqlen_k, device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    told: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": case.group > 1}
-    sinks = case.traits.operand == "sinks"
-    fixed = flex_score(case, (), device) if not case.traits.operand else None
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
-        if device.type == "cpu" and not torch.is_grad_enabled():
-            q, k, v = q.detach(), k.detach(), v.detach()  # it refuses what requires grad there, whatever the mode
-        score = flex_score(case, operand, device) if operand and not sinks else fixed
-        if sinks:
-            o, aux = compiled(q, k, v, return_aux=AuxRequest(lse=True), **told)
-            return o * torch.sigmoid(aux.lse - operand[0][:, None])[..., None].to(o.dtype)
-        o = compiled(q, k, v, score_mod=score, **told)
-        return o[0] if isinstance(o, tuple) else o  # a tuple only where lse is asked for
-
-    try:
-        yield attention
-    finally:
-        torch.compiler.reset()  # torch stops compiling a function after eight shapes
 
 
 def package_absent(module: str) -> Callable[[Case, torch.device], str | None]:
@@ -331,13 +232,13 @@ def our_packed(case: Case, device: torch.device) -> Attention:
     longest = int(starts.diff().max())
     rows = torch.arange(case.batch, dtype=torch.int32)[:, None] * case.seqlen_k + starts[:-1]
     cu_seqlens = F.pad(rows.flatten(), (0, 1), value=case.batch * case.seqlen_k).to(device)
-    told = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    told: dict[str, Any] = {f"cu_seqlens_{x}": cu_seqlens for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         o = flash_attention_varlen(*packed, causal=case.causal, **told)
         assert isinstance(o, torch.Tensor)
-        return o.unflatten(0, (case.batch, case.seqlen_q)).transpose(1, 2)
+        return o.view(case.batch, case.seqlen_q, *o.shape[1:]).transpose(1, 2)
 
     return attention
 
@@ -353,7 +254,7 @@ def ours(case: Case, device: torch.device) -> Iterator[Attention]:
     keywords, name = our_keywords(case, device), case.traits.operand
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
-        given = {name: operand[0]} if operand else {}
+        given: dict[str, Any] = {name: operand[0]} if operand else {}
         o = flash_attention(q, k, v, causal=case.causal, **keywords, **given)
         assert isinstance(o, torch.Tensor)
         return o
