@@ -9,6 +9,7 @@
 
 from functools import lru_cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -237,6 +238,8 @@ def info(
         backend, configs = choose("auto", device, dtype), {}
     else:
         check_flag("return_lse", keywords.pop("return_lse", False))
+        for name in keywords.keys() - signature(Problem.of).parameters.keys():
+            raise TypeError(f"flash_attention has no keyword {name!r}")
         k = q if k is None else k
         problem = Problem.of(q, k, k if v is None else v, **keywords)
         device, dtype, head_dim = problem.q.device, problem.q.dtype, max(problem.q.shape[3], problem.v.shape[3])

@@ -1,6 +1,7 @@
 """Where attention meets torch: derivatives are right or raise, ops are opaque, fakes tell the truth about strides."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
+from flash import mods
 from flash.attention import flash_attention
-from flash.autograd import call_of
+from flash.autograd import call_of, problem_of
 from flash.problem import Problem
 
 INTERPRETED = pytest.param("triton", marks=pytest.mark.interpret)
@@ -159,7 +161,27 @@ def test_opcheck_passes_whatever_the_strides(layout: Callable[[torch.Tensor], to
     torch.library.opcheck(torch.ops.flash.forward.default, (q, k, v, operands, *call))
     do, dlse = torch.randn_like(o), torch.randn_like(lse)
     for needs in ([True, True, True], [False, True, False]):
-        args = (do, dlse, q, k, v, o, lse, operands, *call, needs)
+        args = (do, dlse, q, k, v, o, lse, operands, *call, [*needs, False, False, False])
+        torch.library.opcheck(torch.ops.flash.backward.default, args)
+
+
+def test_opcheck_passes_with_every_operand() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    batch, heads, seqlen_q, seqlen_k = *q.shape[:3], k.shape[2]
+    problem = Problem.of(
+        q, k, v, window=(3, 2), mask=torch.rand(batch, 1, 1, seqlen_k) > 0.2, softcap=5.0,
+        bias=torch.randn(heads, seqlen_q, 1), alibi_slopes=torch.rand(heads), sinks=torch.randn(heads),
+        score_mod=mods.tanh_softcap(3.0), mask_mod=mods.dilated_window(4, 2), dropout_p=0.3,
+    )  # fmt: skip
+    problem = replace(problem, mods=problem.mods._replace(seed=torch.tensor([7])))
+    operands, *call = call_of(problem)
+    back = problem_of(q, k, v, operands, *call)
+    again, *rest = call_of(back)
+    assert rest == call and all(x is y for x, y in zip(operands, again, strict=True))
+    o, lse = torch.ops.flash.forward(q, k, v, operands, *call)
+    torch.library.opcheck(torch.ops.flash.forward.default, (q, k, v, operands, *call))
+    for needs in ([True] * 6, [False, False, False, False, True, True]):
+        args = (torch.randn_like(o), None, q, k, v, o, lse, operands, *call, needs)
         torch.library.opcheck(torch.ops.flash.backward.default, args)
 
 

@@ -350,7 +350,7 @@ def test_clock_times_the_kernel_of_the_job(kernel: str, device: torch.device, mo
     shapes = [None if x is None else tuple(x.shape) for x in found[0]]
     whole = (2, 2, 32, 16)
     expected = {"forward": [whole, whole[:3]], "dkdv": [None, whole, whole], "dq": [whole, None, None]}
-    assert shapes == expected[kernel]
+    assert shapes == expected[kernel] + [None] * (len(shapes) - len(expected[kernel]))
 
 
 @pytest.mark.parametrize("field", ["gpu", "triton", "kernels"])
