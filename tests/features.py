@@ -113,7 +113,8 @@ def make_bias(place: Place, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def make_slopes(place: Place, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
-    return {"alibi_slopes": place((0.3 * torch.randn(lengths_of(sizes)[0], sizes.heads)).to(dtype))}
+    slopes = 0.3 * torch.randn(lengths_of(sizes)[0], sizes.heads)
+    return {"alibi_slopes": place((slopes if dtype == torch.float64 else slopes.abs()).to(dtype))}
 
 
 def make_sinks(place: Place, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_tiles_do_not_change_the_mask(place: Place, backend: str, block_m: int, 
 @pytest.mark.parametrize("names", [[], ["causal", "groups"], ["sinks", "bias"], ["window", "score_mod"]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_same_mask(place: Place, backend: str, names: list[str], dtype: torch.dtype) -> None:
-    sizes = Sizes(seqlen_q=50, seqlen_k=61, head_dim=16, head_dim_v=24)
+    sizes = Sizes(batch=1, seqlen_q=50, seqlen_k=61, head_dim=16, head_dim_v=24)
     x = features.call_of(place, ["dropout_p", *names], sizes, dtype)
     check(features.run(x, backend), features.known(x))
 

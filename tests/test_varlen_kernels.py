@@ -30,12 +30,10 @@ def mixes() -> list[tuple[tuple[int, int], ...]]:
 
 
 @BOTH
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", mixes(), ids=str)
-def test_zero_lengths_in_any_place(
-    place: Place, backend: str, lengths: tuple[tuple[int, int], ...], causal: bool
-) -> None:
-    x = features.call_of(place, ["packed", *(["causal"] if causal else [])], Sizes(lengths=lengths))
+def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tuple[int, int], ...]) -> None:
+    causal = ["causal"] if sum(lengths[0]) % 2 else []
+    x = features.call_of(place, ["packed", *causal], Sizes(heads=1, heads_k=1, lengths=lengths))
     got = features.run(x, backend, SMALL)
     check(got, x)
     ends = torch.tensor(lengths).cumsum(0)
@@ -190,10 +188,10 @@ def hold_hostile(x: Inputs, backend: str) -> None:
 
 
 NUMBERS = st.one_of(
-    st.integers(-(2**31), 2**31 - 1), st.integers(-3, 45), st.sampled_from([-(2**31), 2**31 - 1, -1, 0, 40, 41, 10**6])
+    st.integers(-(2**31), 2**31 - 1), st.integers(-3, 25), st.sampled_from([-(2**31), 2**31 - 1, -1, 0, 20, 21, 10**6])
 )
 STARTS = st.lists(NUMBERS, min_size=4, max_size=4)
-NEARLY = st.lists(st.integers(0, 40), min_size=4, max_size=4).map(sorted)  # right but for where it starts and ends
+NEARLY = st.lists(st.integers(0, 20), min_size=4, max_size=4).map(sorted)  # right but for where it starts and ends
 COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -204,7 +202,7 @@ def test_hostile_lengths_harm_their_own_sequence_only(
     place: Place, backend: str, cu_q: list[int], cu_k: list[int], causal: bool
 ) -> None:
     torch.manual_seed(0)
-    x = features.call_of(place, ["packed", "causal"], Sizes(heads=1, heads_k=1, lengths=((20, 20), (20, 20), (0, 0))))
+    x = features.call_of(place, ["packed", "causal"], Sizes(heads=1, heads_k=1, lengths=((10, 10), (10, 10), (0, 0))))
     x.options.update(starts_of(place, cu_q, cu_k))
     x.options["causal"] = causal
     hold_hostile(x, backend)
@@ -217,7 +215,7 @@ def test_hostile_lengths_with_operands_are_never_out_of_bounds(
     place: Place, backend: str, cu_q: list[int], cu_k: list[int]
 ) -> None:
     torch.manual_seed(0)
-    sizes = Sizes(lengths=((20, 20), (20, 20), (0, 0)))
+    sizes = Sizes(lengths=((10, 10), (10, 10), (0, 0)))
     names = ["packed", "mask", "alibi_slopes", "sinks", "score_mod", "mask_mod", "dropout_p", "window", "block_mask"]
     x = features.call_of(place, [*names, "bias"], sizes)
     x.options.update(starts_of(place, cu_q, cu_k))

@@ -33,17 +33,18 @@ def window_of(left: Side, right: Side) -> Any:
 
 
 @BOTH
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", LENGTHS)
 def test_the_support_of_each_row_is_the_window_s(
-    place: Place, backend: str, seqlen_q: int, seqlen_k: int, causal: bool
+    place: Place, backend: str, seqlen_q: int, seqlen_k: int, causal: bool, every: bool
 ) -> None:
     x = random_inputs(place, heads=1, heads_k=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=1)
     q, k, v = x.q, x.k, place(torch.eye(seqlen_k)[None, None])  # a row of o is then the row of weights
     call = features.attention(backend)
-    sides = [None, *range(max(seqlen_q, seqlen_k) + 2)]
-    if causal:
-        sides = [None, 0, 1, 2, 7, 15, 16, 17, seqlen_k, seqlen_k + 1]
+    sides = [None, 0, 1, 2, 8, 15, 16, 17, seqlen_k, seqlen_k + 1]
+    if every:
+        sides = [None, *range(max(seqlen_q, seqlen_k) + 2)]
     for left, right in itertools.product(sides, sides):
         o, _ = call(q, k, v, window=window_of(left, right), causal=causal)
         want = band(seqlen_q, seqlen_k, seqlen_k - seqlen_q, left, right, causal)
@@ -55,7 +56,7 @@ def test_the_support_of_each_row_is_the_window_s(
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_moves_with_the_position(place: Place, backend: str, q_offset: Any, causal: bool) -> None:
     q_offset = place(q_offset) if isinstance(q_offset, torch.Tensor) else q_offset
-    for left, right in EDGES:
+    for left, right in EDGES[1::3]:
         x = random_inputs(
             place, batch=2, seqlen_q=33, seqlen_k=50, dtype=torch.float64,
             causal=causal, q_offset=q_offset, window=window_of(left, right),
@@ -64,17 +65,16 @@ def test_a_window_moves_with_the_position(place: Place, backend: str, q_offset: 
 
 
 @BOTH
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(63, 63), (40, 113), (113, 40), (1, 50)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(40, 40), (20, 50), (50, 20), (1, 50)])
 @pytest.mark.parametrize("left, right", EDGES)
 def test_gradients_under_a_window(
     place: Place, backend: str, seqlen_q: int, seqlen_k: int, left: Side, right: Side
 ) -> None:
-    for causal in (False, True):
-        x = random_inputs(
-            place, heads=4, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=16, dtype=torch.float64,
-            causal=causal, window=(left, right),
-        )  # fmt: skip
-        check(features.run(x, backend), x)
+    x = random_inputs(
+        place, heads=2, heads_k=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=16, dtype=torch.float64,
+        causal=left == right, window=(left, right),
+    )  # fmt: skip
+    check(features.run(x, backend), x)
 
 
 @BOTH
@@ -147,8 +147,8 @@ def counted(x: calls.Inputs, launches: list[Any], visible: torch.Tensor) -> None
 
 @pytest.mark.interpret(gpu=False)  # the interpreter counts the work
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("left, right", EDGES)
-@pytest.mark.parametrize("seqlen_q, seqlen_k, q_offset", [(113, 113, 0), (50, 90, 40), (90, 50, -40), (64, 64, 64)])
+@pytest.mark.parametrize("left, right", EDGES[::2])
+@pytest.mark.parametrize("seqlen_q, seqlen_k, q_offset", [(63, 63, 0), (33, 60, 27), (60, 33, -27), (40, 40, 40)])
 def test_tiles_outside_the_window_are_never_visited(
     place: Place,
     launches: list[Any],
