@@ -2,6 +2,7 @@
 #   make test PYTHON=python3.12      another interpreter
 #   make test VENV=                  no virtual environment: the packages that PYTHON already has
 #   make test JOBS=8                 more test processes
+#   make mutants MUTANTS="--sample 100 --seed 7"   some of them
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ PYTEST = -m pytest -q -n $(JOBS)
 OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
 COMPAT = 3.6.0 3.9.0
 
-.PHONY: help setup test test-slow test-all test-gpu compat lint bench sweep build clean
+.PHONY: help setup test test-slow test-all test-gpu compat mutants coverage lint bench sweep build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +47,15 @@ compat: $(COMPAT:%=compat-%) ## the interpreted kernel tests on other Tritons (P
 compat-%: .venv-triton-%/.ready
 	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) -m "interpret and not gpu and not slow"
 
+mutants: $(READY) ## the tests are tested: small changes to the kernels, each of which they must notice
+	$(PY) -m tests.mutation.run --jobs $(JOBS) $(MUTANTS)
+
+coverage: $(READY) ## every line of every kernel is reached by the interpreted tests
+	rm -f .coverage .coverage.*
+	TRITON_INTERPRET=1 $(PY) -m coverage run $(PYTEST) -m "interpret and not gpu and not slow"
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report --include="kernels/*" --show-missing --fail-under=100
+
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -63,7 +73,7 @@ build: $(READY) ## an sdist, and a wheel made from it, in dist/
 	@ls dist
 
 clean: ## remove the virtual environments, builds and caches
-	rm -rf .venv .venv-triton-* build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-triton-* build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: see constraints.txt.

@@ -59,6 +59,8 @@ def test_the_wrong_mutants_of_a_toy_die_and_the_others_are_told() -> None:
     results = list(trial.results(mutants(toy.PATH, SOURCE), jobs=2))
     survivors = {result.mutant.name for result in results if not result.killer}
     assert survivors == {*SAME, *UNREACHED}
+    line = 1 + SOURCE.splitlines().index("        y = y + 1.0")
+    assert trial.unreached() == [f"{toy.PATH}:{line}"]
     assert {result.mutant.name for result in results if not trial.order(result.mutant)} == {*UNREACHED}
     killers = {result.mutant.name: result.killer for result in results}
     assert "out of bounds" in killers["toy.toy_kernel | tl.store(out + i, y, mask=i < n) | < becomes <="]

@@ -4,10 +4,10 @@
     python -m tests.mutation.run --sample 100 --seed 3    some of them
     python -m tests.mutation.run --only score.visible     those whose name holds a text
 
-One process imports everything and runs the slice once, noting which statements each case reaches. A mutant is a fork of
-it: the change is compiled in place of the function, and the cases that reach it are run until one fails. A crash or
-a time-out is a failure too. Survivors must be in survivors.txt, each with the reason that no test could tell it from
-the original.
+One process imports everything and runs the slice once, noting which statements each case reaches; one that none reaches
+is a gap of its own. A mutant is a fork of it: the change is compiled in place of the function, and cases that reach it
+are run until one fails. A crash or a time-out is a failure too. Survivors must be in survivors.txt, each with the
+reason that no test could tell it from the original.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LIST = Path(__file__).with_name("survivors.txt")
 SOURCES = ("kernels/*.py", "flash/mods.py")
 LEAST = 0.97  # of the mutants that are not equivalent
 PATIENCE = 5.0  # seconds, and ten times what the cases take unchanged
-BRIEF = 10  # cases that are shown a mutant which is listed as equivalent
+ENOUGH = 5.0  # seconds that the cases shown to a mutant may take unchanged; those after them reach little that is new
 
 
 class Result(NamedTuple):
@@ -110,7 +110,6 @@ class Trial:
         cases: calls, each with a name.
         prepare: makes of a case what `check` takes: with the case and its seconds; raises where it is wrong.
         check: what is wrong with a prepared case by the kernels as they now are.
-        equivalent: names of mutants that no test can kill.
         verbose: print each case with its seconds.
     """
 
@@ -120,17 +119,18 @@ class Trial:
         cases: Iterable[Any],
         prepare: Callable[[Any], Any],
         check: Callable[[Any], str],
-        equivalent: Iterable[str] = (),
         verbose: bool = False,
     ) -> None:
-        self.sources, self.check, self.equivalent = sources, check, frozenset(equivalent)
+        self.sources, self.check = sources, check
         self.prepared: list[Any] = []
+        self.reached: list[frozenset[tuple[str, int]]] = []
         self.cases_at: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.killers: dict[str, Counter[int]] = defaultdict(Counter)
         reached = self.mark()
         for i, case in enumerate(cases):
             reached.clear()
             self.prepared.append(prepare(case))
+            self.reached.append(frozenset(reached))
             for statement in reached:
                 self.cases_at[statement].append(i)
             if verbose:
@@ -147,21 +147,47 @@ class Trial:
                 install(interpreted(path, function.name), body, str(ROOT / path), **{REACHED: reached})
         return reached
 
-    def order(self, mutant: Any) -> list[int]:
-        """The cases that reach a mutant: first those that killed others of its function, then the quickest.
+    def unreached(self) -> list[str]:
+        """The statements that no case comes to, as "path:line"."""
+        from tests.mutation.mutator import jit_functions, places
 
-        Those that no test can kill are spared most of the cases, which would be most of the work.
+        missed = []
+        for path, source in self.sources.items():
+            for function in jit_functions(ast.parse(source)):
+                lines = sorted({statement.lineno for *_, statement in places(function)})
+                missed += [f"{path}:{line}" for line in lines if not self.cases_at.get((path, line))]
+        return missed
+
+    def order(self, mutant: Any) -> list[int]:
+        """The cases that are shown to a mutant, of those that reach it.
+
+        First come those that killed others of its function or with its change, then those that reach the most
+        statements that no earlier one has reached, for their time.
         """
-        reach = self.cases_at[mutant.path, mutant.statement]
-        order = sorted(reach, key=lambda i: (-self.killers[mutant.function][i], self.prepared[i].seconds))
-        return order[:BRIEF] if mutant.name in self.equivalent else order
+        kills = self.killers[mutant.function] + self.killers[mutant.change]
+        waiting = set(self.cases_at[mutant.path, mutant.statement])
+        order: list[int] = [i for i, _ in kills.most_common() if i in waiting]
+        waiting.difference_update(order)
+        seen: set[tuple[str, int]] = set()
+        for i in order:
+            seen |= self.reached[i]
+        while waiting:
+            best = max(waiting, key=lambda i: ((1 + len(self.reached[i] - seen)) / self.prepared[i].seconds, -i))
+            order.append(best)
+            waiting.remove(best)
+            seen |= self.reached[best]
+        total, enough = 0.0, 0
+        while enough < len(order) and total < ENOUGH:
+            total += self.prepared[order[enough]].seconds
+            enough += 1
+        return order[:enough]
 
     def attempt(self, mutant: Any, order: list[int], pipe: int) -> None:
         """In a fork: run the cases on a mutant; write the number of the one that fails, and why, into the pipe."""
         from tests.mutation.mutator import install, mutated
 
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE + 10 * sum(self.prepared[i].seconds for i in order))
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE + 10 * sum(self.prepared[i].seconds for i in order))
         try:
             body = mutated(self.sources[mutant.path], mutant)
             install(interpreted(mutant.path, mutant.function), body, str(ROOT / mutant.path))
@@ -199,7 +225,9 @@ class Trial:
             text = stream.read().decode(errors="replace")
         if text:
             i, _, complaint = text.partition(" ")
-            self.killers[mutant.function][int(i)] += 1
+            if int(i) >= 0:
+                self.killers[mutant.function][int(i)] += 1
+                self.killers[mutant.change][int(i)] += 1
             case = self.prepared[int(i)].case.name if int(i) >= 0 else "compile"
             return Result(mutant, f"{case}: {complaint}", seconds)
         if os.WIFSIGNALED(status):
@@ -251,9 +279,12 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants, drawn with --seed {options.seed}")
     start = time.perf_counter()
-    trial = Trial(sources(), CASES, prepare, check, equivalent, options.verbose)
+    trial = Trial(sources(), CASES, prepare, check, options.verbose)
     print(f"{len(CASES)} cases run unchanged in {time.perf_counter() - start:.0f} s", flush=True)
 
+    missed = trial.unreached()
+    if missed:
+        print(f"no case reaches {', '.join(missed)}")
     start, results = time.perf_counter(), []
     for result in trial.results(mutants, options.jobs):
         results.append(result)
@@ -272,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(results)} mutants in {time.perf_counter() - start:.0f} s: {killed} killed, {same} equivalent, "
         f"{new} survived; {100 * rate:.1f} % of those not equivalent killed"
     )
-    return 1 if new or gone or rate < LEAST else 0
+    return 1 if new or gone or missed or rate < LEAST else 0
 
 
 if __name__ == "__main__":

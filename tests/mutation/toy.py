@@ -29,7 +29,7 @@ class Toy(NamedTuple):
 
     name: str
     n: int
-    seconds: float = 0.0
+    seconds: float = 0.1
 
     @property
     def case(self) -> "Toy":
