@@ -5,8 +5,9 @@ import json
 import pytest
 
 from flash.autotune import listing, resources
-from flash.autotune.resources import Report
-from flash.autotune.space import Variant
+from flash.autotune.resources import Report, report
+from flash.autotune.space import FEATURES, Variant
+from flash.autotune.tables import lookup, narrowed
 from flash.kernels.spec import Config
 
 pytest.importorskip("triton")
@@ -107,3 +108,27 @@ def test_command_line_prints_a_report(capsys: pytest.CaptureFixture[str]) -> Non
     assert "registers" in capsys.readouterr().out
     assert resources.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["limit"] == 227 * 1024
+
+
+def chosen(target: str, kernel: str, feature: str, head_dim: int) -> Config:
+    """The Config that a call with a feature runs with."""
+    choice = lookup(target, "dq" if kernel == "dbias" else kernel, "bfloat16", head_dim, 8192, True)
+    elementwise = {"mask", "padding", "bias", "mask_mod", "blocks", "dropout"}
+    config = (narrowed(choice, kernel) if feature in elementwise else choice).config
+    if kernel == "dbias":  # as kernels/bias.py takes the dq kernel's
+        config = config._replace(block_m=min(config.block_m, 64), block_n=min(config.block_n, 64), num_stages=1)
+    return config
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias"])
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_every_feature_compiles_and_fits(target: str, feature: str, kernel: str, head_dim: int) -> None:
+    pytest.importorskip("triton")
+    features = (feature,) if kernel != "dbias" or feature == "bias" else ("bias", feature)
+    raw = not {"bias", "alibi", "softcap", "score_mod"} & set(features)
+    call = Variant("bfloat16", head_dim, head_dim, True, 4, raw=raw, features=features)
+    assert report(target, kernel, call, chosen(target, kernel, feature, head_dim)).faults == ()
