@@ -57,8 +57,7 @@ def serves_backward(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, grad
     """Whether they do backward too."""
     if dlse is not None or grads.bias is not None or grads.alibi_slopes is not None:
         return False
-    # what needs do . o as it was before o was rounded
-    rounded = o.dtype != accumulator_dtype(o) and (o.shape[-1] < FEW_DIMS or grads.sinks is not None)
+    rounded = o.dtype != accumulator_dtype(o) and o.shape[-1] < FEW_DIMS
     return not rounded and serves(call, do, o)
 
 

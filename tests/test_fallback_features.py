@@ -152,6 +152,40 @@ def test_what_no_query_sees_never_shows(monkeypatch: pytest.MonkeyPatch, way: st
                 torch.testing.assert_close(got, clean, rtol=1e-5, atol=1e-5, msg=lambda line, f=field: f"{f}: {line}")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_finite_in_an_operand_stays_in_its_rows(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """And in the gradients of the keys that these rows see."""
+    choose(way, monkeypatch)
+    n, row = 40, 5
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    mask = (torch.rand(1, 1, n, n) < 0.6) & ((i != row) | (j < 30))
+    mask[0, 0, row, 0] = True
+    others = torch.arange(n) != row
+    for bad, hidden in itertools.product((float("nan"), float("inf")), (False, True)):
+        bias = torch.randn(1, 1, n, n)
+        x = inputs(n, n, torch.float32, (8, 8), heads=(HEADS, 2), mask=mask, bias=bias)
+        want = run(x, ALL._replace(bias="blocks" in way))
+        dirty = bias.clone()
+        dirty[0, 0, row, 35 if hidden else 0] = bad
+        got = run(x._replace(options={"mask": mask, "bias": dirty}), ALL._replace(bias="blocks" in way))
+        rows = slice(None) if hidden else others
+        for a, b in (got.o, want.o), (got.lse, want.lse), (got.dq, want.dq):
+            torch.testing.assert_close(a[:, :, rows], b[:, :, rows], rtol=1e-5, atol=1e-5)
+        for a, b in (got.dk, want.dk), (got.dv, want.dv):
+            torch.testing.assert_close(a[:, :, 30:], b[:, :, 30:], rtol=1e-5, atol=1e-5)
+        assert hidden or got.o[:, :, row].isnan().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_huge_biases(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """No rounding of a score may come out as another weight, and those far below a row's best are 0."""
+    choose(way, monkeypatch)
+    bias = torch.where(torch.rand(1, 1, 33, 37) < 0.5, -1e9, 0.0)
+    for operand in (bias, bias + 1e9, bias - 1e9, 1e7 * torch.randn(1, HEADS, 33, 37)):
+        x = inputs(33, 37, torch.float32, (8, 8), heads=(HEADS, 2), bias=operand)
+        check(run(x, ALL._replace(bias="blocks" in way)), x, saturated=True)
+
+
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_that_see_nothing(monkeypatch: pytest.MonkeyPatch, way: str, with_sinks: bool) -> None:
@@ -200,8 +234,9 @@ def packed(names: tuple[str, ...], lengths: tuple[tuple[int, int], ...] = PACKED
             continue
         for key, value in FEATURES[name](seqlen_q, seqlen_k).items():
             if isinstance(value, Tensor):
-                if value.shape[0] == BATCH and value.dim() != 1:
-                    value = value[:1].expand(len(lengths), *value.shape[1:]).clone()
+                if value.shape[0] == BATCH:
+                    more = [FEATURES[name](seqlen_q, seqlen_k)[key] for _ in lengths]
+                    value = torch.cat(more)[: len(lengths)]
                 value = value.double().masked_fill(value < -1e30, float("-inf")) if key != "mask" else value
             options[key] = value
     q, do = (torch.randn(total_q, HEADS, 8).double() for _ in range(2))
