@@ -215,7 +215,7 @@ def changes_of_call(node: ast.Call) -> Iterator[Change]:
 
 
 def marked(function: ast.FunctionDef, path: str) -> ast.FunctionDef:
-    """The function, noting each statement that it comes to as (path, line) in a global set, REACHED."""
+    """The function, counting how often it comes to each statement, (path, line), in a global Counter, REACHED."""
 
     def mark(statements: list[ast.stmt]) -> list[ast.stmt]:
         found: list[ast.stmt] = []
@@ -223,7 +223,7 @@ def marked(function: ast.FunctionDef, path: str) -> ast.FunctionDef:
             for field in ("body", "orelse"):
                 if hasattr(statement, field):
                     setattr(statement, field, mark(getattr(statement, field)))
-            found += [*ast.parse(f"{REACHED}.add(({path!r}, {statement.lineno}))").body, statement]
+            found += [*ast.parse(f"{REACHED}[{path!r}, {statement.lineno}] += 1").body, statement]
         return found
 
     function.body = mark(function.body)

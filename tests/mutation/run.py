@@ -30,7 +30,7 @@ LIST = Path(__file__).with_name("survivors.txt")
 SOURCES = ("kernels/*.py", "flash/mods.py")
 LEAST = 0.97  # of the mutants that are not equivalent
 PATIENCE = 5.0  # seconds, and ten times what the cases take unchanged
-ENOUGH = 5.0  # seconds that the cases shown to a mutant may take unchanged; those after them reach little that is new
+ENOUGH = 4.0  # seconds that the cases shown to a mutant may take unchanged; those after them reach little that is new
 
 
 class Result(NamedTuple):
@@ -108,7 +108,7 @@ class Trial:
     Args:
         sources: the text of each mutated file, by its path from the root.
         cases: calls, each with a name.
-        prepare: makes of a case what `check` takes: with the case and its seconds; raises where it is wrong.
+        prepare: makes of a case what `check` takes, with the case in it; raises where the case is wrong.
         check: what is wrong with a prepared case by the kernels as they now are.
         verbose: print each case with its seconds.
     """
@@ -123,29 +123,43 @@ class Trial:
     ) -> None:
         self.sources, self.check = sources, check
         self.prepared: list[Any] = []
-        self.reached: list[frozenset[tuple[str, int]]] = []
+        self.reached: list[Counter[tuple[str, int]]] = []
+        self.seconds: list[float] = []
+        self.calls: dict[tuple[str, int], str] = {}
         self.cases_at: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.killers: dict[str, Counter[int]] = defaultdict(Counter)
-        reached = self.mark()
+        self.counts: Counter[tuple[str, int]] = Counter()
+        self.mark()
         for i, case in enumerate(cases):
-            reached.clear()
             self.prepared.append(prepare(case))
-            self.reached.append(frozenset(reached))
-            for statement in reached:
+            self.counts.clear()
+            start = time.process_time()
+            complaint = check(self.prepared[i])
+            self.seconds.append(time.process_time() - start)
+            if complaint:
+                raise AssertionError(f"{case.name}: a second run differs: {complaint}")
+            self.reached.append(Counter(self.counts))
+            for statement in self.counts:
                 self.cases_at[statement].append(i)
             if verbose:
-                print(f"  {self.prepared[-1].seconds:.2f} s  {case.name}", flush=True)
+                print(f"  {self.seconds[i]:.2f} s  {case.name}", flush=True)
 
-    def mark(self) -> set[tuple[str, int]]:
-        """Let every function note the statements that it comes to in a set."""
+    def mark(self) -> None:
+        """Let every function count the statements that it comes to."""
         from tests.mutation.mutator import REACHED, install, jit_functions, marked
 
-        reached: set[tuple[str, int]] = set()
         for path, source in self.sources.items():
             for function in jit_functions(ast.parse(source)):
+                self.calls[path, function.body[0].lineno] = f"{path}:{function.name}"
                 body = marked(function, path)
-                install(interpreted(path, function.name), body, str(ROOT / path), **{REACHED: reached})
-        return reached
+                install(interpreted(path, function.name), body, str(ROOT / path), **{REACHED: self.counts})
+
+    def miscounted(self, i: int, mutant: Any) -> str:
+        """The function, other than the mutated one, that a case has called more or less often than it must."""
+        for entry, name in self.calls.items():
+            if name != f"{mutant.path}:{mutant.function}" and self.counts[entry] != self.reached[i][entry]:
+                return f"{name} is called {self.counts[entry]} times, not {self.reached[i][entry]}"
+        return ""
 
     def unreached(self) -> list[str]:
         """The statements that no case comes to, as "path:line"."""
@@ -170,15 +184,15 @@ class Trial:
         waiting.difference_update(order)
         seen: set[tuple[str, int]] = set()
         for i in order:
-            seen |= self.reached[i]
+            seen.update(self.reached[i])
         while waiting:
-            best = max(waiting, key=lambda i: ((1 + len(self.reached[i] - seen)) / self.prepared[i].seconds, -i))
+            best = max(waiting, key=lambda i: ((1 + len(self.reached[i].keys() - seen)) / self.seconds[i], -i))
             order.append(best)
             waiting.remove(best)
-            seen |= self.reached[best]
+            seen.update(self.reached[best])
         total, enough = 0.0, 0
         while enough < len(order) and total < ENOUGH:
-            total += self.prepared[order[enough]].seconds
+            total += self.seconds[order[enough]]
             enough += 1
         return order[:enough]
 
@@ -187,7 +201,7 @@ class Trial:
         from tests.mutation.mutator import install, mutated
 
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, PATIENCE + 10 * sum(self.prepared[i].seconds for i in order))
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE + 10 * sum(self.seconds[i] for i in order))
         try:
             body = mutated(self.sources[mutant.path], mutant)
             install(interpreted(mutant.path, mutant.function), body, str(ROOT / mutant.path))
@@ -196,7 +210,8 @@ class Trial:
             return
         for i in order:
             try:
-                complaint = self.check(self.prepared[i])
+                self.counts.clear()
+                complaint = self.check(self.prepared[i]) or self.miscounted(i, mutant)
             except BaseException as error:
                 complaint = f"{type(error).__name__}: {error}"
             if complaint:

@@ -29,7 +29,6 @@ class Toy(NamedTuple):
 
     name: str
     n: int
-    seconds: float = 0.1
 
     @property
     def case(self) -> "Toy":
