@@ -115,16 +115,8 @@ def test_every_picture_and_file_that_the_readme_names_is_there() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-NOT_CHOSEN = pytest.mark.xfail(
-    strict=True, reason="no row was chosen for wide float16 heads on AMD: the formula answers"
-)
 COMMON = [
-    pytest.param(
-        target,
-        dtype,
-        head_dim,
-        marks=[NOT_CHOSEN] if (target, dtype) == ("hip:gfx942", "float16") and head_dim > 64 else [],
-    )
+    (target, dtype, head_dim)
     for target in ("cuda:80", "cuda:90", "hip:gfx942")
     for dtype in ("float16", "bfloat16")
     for head_dim in (64, 80, 128, 256)
