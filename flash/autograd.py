@@ -29,14 +29,14 @@ library.define(
 )
 
 PLAIN = Mods._fields[: Mods._fields.index("blocks")]  # operands that are one tensor each
-GROUPS = {"blocks": Blocks, "spans": Spans}
+GROUPS: dict[str, Any] = {"blocks": Blocks, "spans": Spans}  # NamedTuples of tensors
 MODS = ("score_mod", "mask_mod")
 DIFFERENTIABLE = ("bias", "alibi_slopes", "sinks")
 
 
 def flatten(mods: Mods) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
     """The tensors of Mods in one list, and what it takes to put them back: flags of groups, handles and counts."""
-    operands = [getattr(mods, name) for name in PLAIN]
+    operands: list[torch.Tensor | None] = [getattr(mods, name) for name in PLAIN]
     rest: list[Any] = []
     for name in GROUPS:
         group = getattr(mods, name)
@@ -52,7 +52,7 @@ def flatten(mods: Mods) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
 def unflatten(operands: Sequence[torch.Tensor | None], rest: tuple[Any, ...]) -> Mods:
     """What `flatten` took apart."""
     found: dict[str, Any] = dict(zip(PLAIN, operands, strict=False))
-    left = iter(operands[len(PLAIN) :])
+    left: Any = iter(operands[len(PLAIN) :])
     for (name, group), there in zip(GROUPS.items(), rest[: len(GROUPS)], strict=True):
         found[name] = group(*(next(left) for _ in group._fields)) if there else None
     for name, mod in zip(MODS, rest[len(GROUPS) :], strict=True):

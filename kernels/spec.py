@@ -38,10 +38,10 @@ class View(NamedTuple):
     """A [batch, heads, seqlen, head_dim] tensor and the stride of each axis, in elements."""
 
     ptr: Any
-    stride_b: int
-    stride_h: int
-    stride_s: int
-    stride_d: int
+    stride_b: Any
+    stride_h: Any
+    stride_s: Any
+    stride_d: Any
 
 
 class Sizes(NamedTuple):
