@@ -195,12 +195,30 @@ NEARLY = st.lists(st.integers(0, 20), min_size=4, max_size=4).map(sorted)  # rig
 COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
+HOSTILE = given(cu_q=st.one_of(STARTS, NEARLY), cu_k=st.one_of(STARTS, NEARLY), causal=st.booleans())
+
+
 @BOTH
-@settings(COMMON, max_examples=200)
-@given(cu_q=st.one_of(STARTS, NEARLY), cu_k=st.one_of(STARTS, NEARLY), causal=st.booleans())
+@settings(COMMON, max_examples=40)
+@HOSTILE
 def test_hostile_lengths_harm_their_own_sequence_only(
     place: Place, backend: str, cu_q: list[int], cu_k: list[int], causal: bool
 ) -> None:
+    hold_drawn(place, backend, cu_q, cu_k, causal)
+
+
+@BOTH
+@pytest.mark.slow
+@settings(COMMON, max_examples=500)
+@HOSTILE
+def test_many_hostile_lengths_harm_their_own_sequence_only(
+    place: Place, backend: str, cu_q: list[int], cu_k: list[int], causal: bool
+) -> None:
+    hold_drawn(place, backend, cu_q, cu_k, causal)
+
+
+def hold_drawn(place: Place, backend: str, cu_q: list[int], cu_k: list[int], causal: bool) -> None:
+    """A small packed call whose lengths are these."""
     torch.manual_seed(0)
     x = features.call_of(place, ["packed", "causal"], Sizes(heads=1, heads_k=1, lengths=((10, 10), (10, 10), (0, 0))))
     x.options.update(starts_of(place, cu_q, cu_k))
@@ -209,7 +227,7 @@ def test_hostile_lengths_harm_their_own_sequence_only(
 
 
 @BOTH
-@settings(COMMON, max_examples=25)
+@settings(COMMON, max_examples=15)
 @given(cu_q=st.one_of(STARTS, NEARLY), cu_k=st.one_of(STARTS, NEARLY))
 def test_hostile_lengths_with_operands_are_never_out_of_bounds(
     place: Place, backend: str, cu_q: list[int], cu_k: list[int]
