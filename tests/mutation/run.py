@@ -14,6 +14,7 @@ import argparse
 import ast
 import gc
 import importlib
+import itertools
 import os
 import random
 import signal
@@ -30,7 +31,7 @@ LIST = Path(__file__).with_name("survivors.txt")
 SOURCES = ("kernels/*.py", "flash/mods.py")
 LEAST = 0.97  # of the mutants that are not equivalent
 PATIENCE = 5.0  # seconds, and ten times what the cases take unchanged
-ENOUGH = 4.0  # seconds that the cases shown to a mutant may take unchanged; those after them reach little that is new
+ENOUGH = 2.0  # seconds of cases for a mutant that is listed as equivalent
 
 
 class Result(NamedTuple):
@@ -107,9 +108,10 @@ class Trial:
 
     Args:
         sources: the text of each mutated file, by its path from the root.
-        cases: calls, each with a name.
+        cases: calls, each with a name and with the change that it is made for, if any (`tells`).
         prepare: makes of a case what `check` takes, with the case in it; raises where the case is wrong.
         check: what is wrong with a prepared case by the kernels as they now are.
+        equivalent: names of mutants that are listed: no test can kill them, and they are shown a few cases only.
         verbose: print each case with its seconds.
     """
 
@@ -119,9 +121,10 @@ class Trial:
         cases: Iterable[Any],
         prepare: Callable[[Any], Any],
         check: Callable[[Any], str],
+        equivalent: Iterable[str] = (),
         verbose: bool = False,
     ) -> None:
-        self.sources, self.check = sources, check
+        self.sources, self.check, self.equivalent = sources, check, frozenset(equivalent)
         self.prepared: list[Any] = []
         self.reached: list[Counter[tuple[str, int]]] = []
         self.seconds: list[float] = []
@@ -139,6 +142,8 @@ class Trial:
             if complaint:
                 raise AssertionError(f"{case.name}: a second run differs: {complaint}")
             self.reached.append(Counter(self.counts))
+            if case.tells:
+                self.killers[case.tells][i] += 1
             for statement in self.counts:
                 self.cases_at[statement].append(i)
             if verbose:
@@ -175,8 +180,8 @@ class Trial:
     def order(self, mutant: Any) -> list[int]:
         """The cases that are shown to a mutant, of those that reach it.
 
-        First come those that killed others of its function or with its change, then those that reach the most
-        statements that no earlier one has reached, for their time.
+        First come those made for its change, and those that killed others of its function or with its change; then
+        those that reach the most statements that no earlier one has reached, for their time.
         """
         kills = self.killers[mutant.function] + self.killers[mutant.change]
         waiting = set(self.cases_at[mutant.path, mutant.statement])
@@ -190,11 +195,10 @@ class Trial:
             order.append(best)
             waiting.remove(best)
             seen.update(self.reached[best])
-        total, enough = 0.0, 0
-        while enough < len(order) and total < ENOUGH:
-            total += self.seconds[order[enough]]
-            enough += 1
-        return order[:enough]
+        if mutant.name in self.equivalent:
+            spent = itertools.accumulate(self.seconds[i] for i in order)
+            order = [i for i, seconds in zip(order, spent, strict=True) if seconds <= ENOUGH]
+        return order
 
     def attempt(self, mutant: Any, order: list[int], pipe: int) -> None:
         """In a fork: run the cases on a mutant; write the number of the one that fails, and why, into the pipe."""
@@ -264,8 +268,9 @@ class Trial:
             if not running:
                 return
             process, status = os.wait()
-            mutant, pipe, start = running.pop(process)
-            yield self.collect(mutant, status, pipe, time.perf_counter() - start)
+            if process in running:
+                mutant, pipe, start = running.pop(process)
+                yield self.collect(mutant, status, pipe, time.perf_counter() - start)
 
 
 def verdict(results: Sequence[Result], equivalent: Mapping[str, str]) -> tuple[int, int, int, float]:
@@ -294,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants, drawn with --seed {options.seed}")
     start = time.perf_counter()
-    trial = Trial(sources(), CASES, prepare, check, options.verbose)
+    trial = Trial(sources(), CASES, prepare, check, equivalent, options.verbose)
     print(f"{len(CASES)} cases run unchanged in {time.perf_counter() - start:.0f} s", flush=True)
 
     missed = trial.unreached()

@@ -1,8 +1,9 @@
 """The calls that mutants are shown: small ones, and each compares everything a mutant could change.
 
 A case is data: the features of a call (tests/features.py), its sizes and dtype. It is run forward and backward through
-the public function, and what comes back must be within the bounds of the oracle (tests/bounds.py), have NaN where the
-oracle has it, and have cost as many products and loaded and stored elements as the kernels did unchanged.
+the public function. What comes back must be within the bounds of the oracle (tests/bounds.py), in float32 also about as
+near to it as the unchanged kernels came; it must have NaN where the oracle has it, and have cost as many products and
+loaded and stored elements as before.
 """
 
 import math
@@ -14,6 +15,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flash import mods
@@ -41,6 +44,7 @@ FAR = {  # sizes of a call whose tensors can lie far apart along an axis
     "row": ONE._replace(seqlen_q=3, seqlen_k=3, head_dim=16, head_dim_v=16),
     "tile": ONE._replace(seqlen_q=36, seqlen_k=36, head_dim=16, head_dim_v=16),
     "column": ONE._replace(seqlen_q=3, seqlen_k=3, head_dim=16, head_dim_v=16),
+    "dim": ONE._replace(seqlen_q=16, seqlen_k=16, head_dim=3, head_dim_v=3),
 }
 
 
@@ -69,6 +73,8 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         bias[..., 2:4, :] = bias[..., ::7] = lowest
         bias[..., 3, 4] = torch.nextafter(lowest, -lowest)
         return {"bias": bias}
+    if name == "walled":
+        return {"score_mod": mods.ScoreMod(walled_score, walled_twin, walled_derivative)}
     if name == "document":
         ids = torch.arange(max(seqlen_q, seqlen_k)) // 7 + torch.arange(batch)[:, None]
         return {"mask_mod": mods.document(ids[:, :seqlen_q], ids[:, :seqlen_k] + int(detail or 0))}
@@ -91,6 +97,21 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
     raise ValueError(name)
 
 
+@triton.jit
+def walled_score(s, b, h, i, j, args):
+    return tl.where((i == 2) | (j == 5), float("-inf"), s)
+
+
+@triton.jit
+def walled_derivative(s, b, h, i, j, args):
+    return tl.where((i == 2) | (j == 5), 0.0, 1.0)
+
+
+def walled_twin(s: Any, b: Any, h: Any, i: Any, j: Any, args: Any) -> Any:
+    """A score that hides keys, all of them from query 2, without saying so as a mask does."""
+    return s.masked_fill((i == 2) | (j == 5), -math.inf)
+
+
 def sieve(b: Any, h: Any, i: Any, j: Any) -> Any:
     """A rule with whole blocks of 16, partial ones and empty ones, other ones in each head and batch element."""
     return ((i // 16 + j // 16 + b + h) % 3 != 0) & (((i // 16 + h) % 2 == 0) | ((5 * i + j + b) % 4 != 0))
@@ -106,8 +127,9 @@ class Case(NamedTuple):
         options: further keywords.
         needs: operands whose gradient is asked for; None is every one.
         dlse: whether lse has a gradient.
-        planted: "hidden" puts NaN into every key and value that no query sees, "seen" some into each of q, k, v and do.
-        far: axis along which q, k, v and do lie far apart (`calls.far_apart`).
+        planted: "hidden" puts NaN into every key and value that no query sees, "seen" some into each of q, k, v and do;
+            "whole" rounds q and k to whole numbers: their products are exact, and what is lost after them shows.
+        far: axis along which tensors of four axes lie far apart (`far_apart`).
         sigma: standard deviation of q, k and v.
         config: tile sizes.
         patches: numbers of kernels/bias.py, which deal out work by size.
@@ -124,6 +146,11 @@ class Case(NamedTuple):
     sigma: float = 1.0
     config: Any = features.TILES
     patches: Mapping[str, int] = {}
+
+    @property
+    def tells(self) -> str:
+        """The change that the case is made for."""
+        return ".to(tl.int64) dropped" if self.far else ""
 
     @property
     def name(self) -> str:
@@ -154,6 +181,7 @@ CASES = [
     Case("causal", LONG._replace(seqlen_q=64, seqlen_k=64), FLOAT16),
     Case("causal", LONG, FLOAT32, sigma=16.0),
     Case(options={"scale": -0.3}, dtype=FLOAT32),
+    Case("causal", LONG, FLOAT32, options={"bias": torch.full((1, 1, 1, 1), 4096.0)}, planted="whole"),
     Case("causal", options={"q_offset": -20}, planted="hidden"),
     Case("causal", planted="seen"),
     Case("causal", dtype=BFLOAT16, planted="seen"),
@@ -161,7 +189,7 @@ CASES = [
     Case("causal", TWO, needs=("k",)),
     Case("causal", TWO, needs=("v",), dlse=False),
     Case("causal", TWO._replace(batch=3), options={"q_offset": torch.tensor([2**40, -(2**40), 10])}),
-    *(Case("causal", FAR[axis], BFLOAT16, far=axis) for axis in ("batch", "head", "row", "tile")),
+    *(Case("causal", FAR[axis], BFLOAT16, far=axis) for axis in ("batch", "head", "row", "tile", "dim")),
     # windows
     Case("window", planted="hidden", options={"q_offset": 3}),
     Case("window", ONE._replace(seqlen_q=51, seqlen_k=37), config=WIDE),
@@ -188,12 +216,17 @@ CASES = [
     Case("bias:hk causal", TWO._replace(batch=3, seqlen_q=20), patches={"PROGRAMS": 10, "STRIPS": 1}),
     Case("bias:k", ONE._replace(batch=2, seqlen_q=70, seqlen_k=19), patches={"PROGRAMS": 4, "STRIPS": 2}, config=TINY),
     Case("bias:q window", ONE._replace(batch=3), patches={"PROGRAMS": 4}),
+    Case("bias:qk window", MID, config=TINY),
+    Case("bias:qk", dtype=FLOAT32),
+    Case("bias:bhqk", TWO._replace(heads=2, seqlen_q=18, seqlen_k=19), config=TINY),
     Case("bias:qk causal", LONG, needs=("bias",), dlse=False),
     *(Case(f"lowest:{dtype}", ONE._replace(seqlen_k=19)) for dtype in ("float16", "bfloat16", "float32", "float64")),
     Case("mask:bhqk bias:bhqk", FAR["batch"], BFLOAT16, far="batch"),
     Case("mask:bhqk bias:bhqk", FAR["head"], BFLOAT16, far="head"),
     Case("mask:bhqk bias:bhqk", FAR["row"], BFLOAT16, far="row"),
+    Case("mask:q bias:q", FAR["row"], BFLOAT16, far="row"),
     Case("mask:qk bias:qk", FAR["column"], BFLOAT16, far="column"),
+    Case("mask:k bias:k", FAR["column"], BFLOAT16, far="column"),
     # what changes the score
     Case("alibi_slopes"),
     Case("alibi_slopes causal window", TWO),
@@ -214,6 +247,8 @@ CASES = [
     Case("score_mod"),
     Case("score_mod softcap bias alibi_slopes", TWO, patches={"PROGRAMS": 4}),
     Case("score_mod causal", dtype=FLOAT32),
+    Case("walled"),
+    Case("walled mask:hk", dtype=FLOAT32),
     Case("mask_mod"),
     Case("prefix_lm", ONE._replace(seqlen_q=7), planted="hidden"),
     Case("mask_mod", TWO, BFLOAT16),
@@ -227,12 +262,14 @@ CASES = [
     Case("alibi", TWO),
     Case("alibi", dtype=FLOAT32),
     Case("tanh_softcap", sigma=2.0),
+    Case("tanh_softcap", sigma=0.5, dtype=FLOAT32),
     Case("tanh_softcap", dtype=FLOAT32, sigma=2.0),
     # block masks
     Case("block_mask", config=TINY),
     Case("blocks:16x16", ONE._replace(batch=2, heads=2), config=TINY),
     Case("block_mask", LONG._replace(seqlen_q=20), config=TINY, planted="hidden"),
     Case("blocks:32x64", LONG, config=TINY),
+    Case("blocks:32x64", LONG, config=TINY, planted="seen"),
     Case("blocks:64x32 causal", LONG, config=TINY),
     Case("blocks:32x32 mask:qk sinks", ONE, FLOAT32, config=TINY),
     # packed sequences
@@ -244,6 +281,7 @@ CASES = [
     Case("packed dropout_p score_mod", PACKS),
     Case("packed block_mask", PACKS, config=TINY),
     Case("packed causal groups", PACKS, planted="hidden"),
+    Case("packed causal", PACKS, planted="seen"),
     Case("packed bias:bh alibi_slopes", PACKS, options=HOSTILE, patches={"PROGRAMS": 16}),
     Case("packed bias:h", PACKS, options=HOSTILE, patches={"PROGRAMS": 2}),
 ]
@@ -259,6 +297,7 @@ class Prepared(NamedTuple):
     floors: dict[str, float]
     chance: dict[str, torch.Tensor]
     work: list[Any]
+    errors: dict[str, float] = {}
 
 
 def place(x: torch.Tensor) -> torch.Tensor:
@@ -281,6 +320,8 @@ def inputs_of(case: Case) -> Inputs:
         if not unseen.any():
             raise ValueError(f"{case.name}: every key is seen")
         x.k[unseen], x.v[unseen] = math.nan, math.nan
+    elif case.planted == "whole":
+        x = x._replace(q=x.q.round(), k=x.k.round())
     elif case.planted == "seen":
         for t, part in ((x.q, 3), (x.k, 2), (x.v, 5), (x.do, 4)):
             t.select(rows, t.shape[rows] // part)[..., -1] = math.nan
@@ -295,16 +336,19 @@ def prepare(case: Case) -> Prepared:
     sound = known._replace(**{name: getattr(known, name).nan_to_num(0.0) for name in ("q", "k", "v", "do")})
     plain, floors = bounds.standard(sound), bounds.floors(sound)
     chance = {} if case.dtype == FLOAT64 or case.needs == () else bounds.likely(sound)
+    if case.planted == "whole":  # the largest numbers of the exponent are s and lse
+        floors = {name: value * (1.0 if name == "lse" else float(want.lse.max())) for name, value in floors.items()}
     if case.far:  # bit by bit what the same numbers give side by side
         want = plain = run(Prepared(case._replace(far=""), x, want, plain, floors, chance, []))
         floors, chance = dict.fromkeys(floors, 0.0), {}
     prepared = Prepared(case, x, want, plain, floors, chance, [])
     warm(case.dtype)
     memory.launches.clear()
-    complaint = wrong(prepared, run(prepared))
+    got = run(prepared)
+    complaint = wrong(prepared, got)
     if complaint:
         raise AssertionError(f"{case.name}: {complaint}")
-    return prepared._replace(work=[*memory.launches])
+    return prepared._replace(work=[*memory.launches], errors=errors_of(prepared, got))
 
 
 @cache
@@ -315,18 +359,18 @@ def warm(dtype: torch.dtype) -> None:
 
 
 def far_apart(x: Inputs, axis: str) -> Inputs:
-    """x with every tensor of four axes spread along one of them; "column" spreads the last axis of operands alone."""
-    options = dict(x.options)
-    for name, t in options.items():
-        if isinstance(t, torch.Tensor) and t.dim() == 4:
-            options[name] = calls.far_apart(t.mT, "row", t.device).mT if axis == "column" else spread(t, axis)
-    if axis == "column":
-        return x._replace(options=options)
-    tensors = {name: spread(getattr(x, name), axis) for name in ("q", "k", "v", "do")}
-    return x._replace(**tensors, options=options)
+    """x with every tensor of four axes spread along one of them: "dim" is q's last axis, "column" that of operands."""
+    tensors = {name: getattr(x, name) for name in ("q", "k", "v", "do") if axis != "column"}
+    operands = {name: t for name, t in x.options.items() if isinstance(t, torch.Tensor) and t.dim() == 4}
+    spread = {name: across(t, axis) for name, t in {**tensors, **operands}.items()}
+    options = {name: spread.get(name, value) for name, value in x.options.items()}
+    return x._replace(**{name: spread[name] for name in tensors}, options=options)
 
 
-def spread(x: torch.Tensor, axis: str) -> torch.Tensor:
+def across(x: torch.Tensor, axis: str) -> torch.Tensor:
+    """A tensor spread along an axis; the last one has two names."""
+    if axis in ("dim", "column"):
+        return calls.far_apart(x.mT, "row", x.device).mT
     return calls.far_apart(x, axis, x.device)
 
 
@@ -366,6 +410,15 @@ def check(prepared: Prepared) -> str:
     return "" if memory.launches == prepared.work else f"costs {memory.launches}, not {prepared.work}"
 
 
+def errors_of(prepared: Prepared, got: Outputs) -> dict[str, float]:
+    """The mean error of each output of a float32 case."""
+    if prepared.case.dtype != FLOAT32:
+        return {}
+    pairs = {name: (getattr(got, name), getattr(prepared.want, name)) for name in Outputs._fields}
+    errors = {name: (x - y).nan_to_num(0.0) for name, (x, y) in pairs.items() if x is not None}
+    return {name: float(bounds.rms(error)) for name, error in errors.items()}
+
+
 def wrong(prepared: Prepared, got: Outputs) -> str:
     """The first output that is not what the oracle says."""
     for name in Outputs._fields:
@@ -379,6 +432,9 @@ def wrong(prepared: Prepared, got: Outputs) -> str:
         dtype = bounds.rule_of(name, prepared.inputs)
         for line in bounds.judge(*tensors, dtype, prepared.floors[name], prepared.chance.get(name)):
             return f"{name} {line}"
+    for name, error in errors_of(prepared, got).items():
+        if error > 1.5 * prepared.errors.get(name, error):
+            return f"{name} is {error / prepared.errors[name]:.1f} times as wrong as it was"
     return ""
 
 

@@ -29,6 +29,7 @@ class Toy(NamedTuple):
 
     name: str
     n: int
+    tells: str = ""
 
     @property
     def case(self) -> "Toy":
