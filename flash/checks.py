@@ -142,7 +142,7 @@ def check_softcap(softcap: object) -> float | None:
 
 
 def check_window(window: Any) -> tuple[int | None, int | None]:
-    """The window as (left, right) within 32 bits, None where a side is unbounded."""
+    """The window as (left, right), None where a side is unbounded."""
     pair = window if isinstance(window, tuple) else (window, window)
     if len(pair) != 2:
         raise ValueError(f"window must be an int, a pair (left, right) or None, got {window!r}")
@@ -151,12 +151,11 @@ def check_window(window: Any) -> tuple[int | None, int | None]:
             raise ValueError(f"window must be an int, a pair (left, right) or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window must be >= 0 on each side (None: unbounded), got {window!r}")
-    left, right = (None if side is None else min(side, MAX_SEQLEN) for side in pair)
-    return left, right
+    return pair
 
 
 def check_q_offset(q_offset: Any, batch: int, device: torch.device) -> int | torch.Tensor:
-    """The position of query 0: an int within 32 bits, or a dense tensor [batch]."""
+    """The position of query 0: an int, or a dense tensor [batch]."""
     if isinstance(q_offset, torch.Tensor):
         check_tensor("q_offset", q_offset, device)
         if q_offset.dtype not in (torch.int32, torch.int64):
@@ -166,7 +165,7 @@ def check_q_offset(q_offset: Any, batch: int, device: torch.device) -> int | tor
         return q_offset.expand(batch).contiguous()  # at most one integer per batch element
     if isinstance(q_offset, bool) or not isinstance(q_offset, int):
         raise ValueError(f"q_offset must be an int, an int tensor or None, got {q_offset!r}")
-    return min(max(q_offset, -MAX_SEQLEN), MAX_SEQLEN)
+    return q_offset
 
 
 def check_lengths(

@@ -141,7 +141,9 @@ class Problem:
             offsets = q_offset
         elif packed:
             at_end = starts_k.diff() - starts_q.diff()  # type: ignore[union-attr]
-            offsets = at_end if q_offset is None else torch.full_like(at_end, q_offset)
+            offsets = (
+                at_end if q_offset is None else torch.full_like(at_end, min(max(q_offset, -MAX_SEQLEN), MAX_SEQLEN))
+            )
         else:
             offset = seqlen_k - seqlen_q if q_offset is None else q_offset
 
@@ -186,8 +188,19 @@ class Problem:
             raw=raw and softcap is None and bias is None and alibi_slopes is None and score_mod is None,
             precision=precision_of(q),
         )
-        positions = Positions(offset, 0 if left is None else left, 0 if right is None else right)
+        positions = positions_of(offset, left, right)
         return cls(q, k, v, mods, spec, scale, positions, backend, configs, one_head)
+
+
+def positions_of(offset: int, left: int | None, right: int | None) -> Positions:
+    """The Positions within 32 bits: what is clamped is where the window begins and ends, not how far it reaches."""
+
+    def held(position: int) -> int:
+        return min(max(position, -MAX_SEQLEN), MAX_SEQLEN)
+
+    begin = held(offset) if left is None else held(offset - left)
+    end = held(offset) if right is None else held(offset + right)
+    return Positions(held(offset), held(offset) - begin, end - held(offset))
 
 
 def sequences(

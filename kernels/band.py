@@ -37,43 +37,50 @@ def of_keys(row, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.cons
 @triton.jit
 def bounds_of_keys(row, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first tile of keys that any of the queries may see, and the end of the keys that any may see."""
-    begin, end = 0, sizes.seqlen_k
+    first, end = 0, sizes.seqlen_k
     last = tl.minimum(row + BLOCK_M, sizes.seqlen_q) - 1
     if spec.causal:
         end = tl.minimum(end, last + offset + 1)
     if spec.right:
         end = tl.minimum(end, within(last, offset, sizes.right, 1, sizes.seqlen_k))
     if spec.left:
-        begin = within(row, offset, -sizes.left, 0, sizes.seqlen_k) // BLOCK_N * BLOCK_N
+        first = within(row, offset, -sizes.left, 0, sizes.seqlen_k)
     if mods.key_begin is not None:
         lowest, highest = span(mods.key_begin, mods.key_end, b, h, row, sizes.seqlen_q, end, BLOCK_M)
-        begin, end = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N), tl.minimum(end, highest)
-    return begin, end
+        first, end = tl.maximum(first, lowest), tl.minimum(end, highest)
+    return whole_tiles(first, end, BLOCK_N)
 
 
 @triton.jit
 def of_queries(col, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of queries that see keys col ... col + BLOCK_N - 1."""
-    begin, full_begin = 0, 0
+    first, full_begin = 0, 0
     full_end, end = sizes.seqlen_q // BLOCK_M * BLOCK_M, sizes.seqlen_q
     last = tl.minimum(col + BLOCK_N, sizes.seqlen_k) - 1
     if spec.causal:
-        begin = tl.maximum(col - offset, 0) // BLOCK_M * BLOCK_M
+        first = tl.maximum(col - offset, 0)
         full_begin = tl.cdiv(tl.maximum(last - offset, 0), BLOCK_M) * BLOCK_M
     if spec.right:
-        begin = within(col, -offset, -sizes.right, 0, sizes.seqlen_q) // BLOCK_M * BLOCK_M
+        first = within(col, -offset, -sizes.right, 0, sizes.seqlen_q)
         full_begin = tl.cdiv(within(last, -offset, -sizes.right, 0, sizes.seqlen_q), BLOCK_M) * BLOCK_M
     if spec.left:
         full_end = tl.minimum(full_end, within(col, -offset, sizes.left, 1, sizes.seqlen_q) // BLOCK_M * BLOCK_M)
         end = tl.minimum(end, within(last, -offset, sizes.left, 1, sizes.seqlen_q))
     if mods.key_begin is not None:
         lowest, highest = span(mods.query_begin, mods.query_end, b, h, col, sizes.seqlen_k, end, BLOCK_N)
-        begin, end = tl.maximum(begin, lowest // BLOCK_M * BLOCK_M), tl.minimum(end, highest)
+        first, end = tl.maximum(first, lowest), tl.minimum(end, highest)
+    begin, end = whole_tiles(first, end, BLOCK_M)
     if spec.blocks is not None and mods.tiles is None:
         lists, counts = mods.queries, mods.query_counts
         return listed(lists, counts, b, h, col // spec.blocks[1], end)
     else:
         return band(begin, full_begin, full_end, end, spec)
+
+
+@triton.jit
+def whole_tiles(first, end, BLOCK: tl.constexpr):
+    """Where the tile of row `first` begins, and `end`; nothing where `end` comes before `first`."""
+    return first // BLOCK * BLOCK, tl.where(first < end, end, 0)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def place(mods, sizes, heads, BY_KEY: tl.constexpr, BLOCK: tl.constexpr):
         return block * BLOCK, h, b, 0, 0, sizes
     else:
         tile, h, _ = locate(tl.num_programs(0) // heads, heads)
-        low, high = 0, sizes.batch
+        low, high = tile * 0, sizes.batch
         while high - low > 1:  # tiles[low] <= tile, and tile < tiles[high] where such a sequence exists
             middle = (low + high) // 2
             after = tl.load(mods.tiles + middle) <= tile

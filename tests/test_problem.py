@@ -273,7 +273,9 @@ def test_of_three_dimensions_a_mask_or_bias_has_three_too(name: str) -> None:
         ({"window": (None, 4)}, {"right": True}, (2, 0, 4)),
         ({"window": (1, 4), "causal": True}, {"causal": True, "left": True}, (2, 1, 0)),
         ({"window": (None, 0), "causal": True}, {"causal": True}, (2, 0, 0)),
-        ({"window": 2**40, "q_offset": -(2**40)}, {"left": True, "right": True}, (-MAX_SEQLEN, MAX_SEQLEN, MAX_SEQLEN)),
+        # up to its own index, which is as far right as position -2**40 reaches
+        ({"window": 2**40, "q_offset": -(2**40)}, {"left": True, "right": True}, (-MAX_SEQLEN, 0, MAX_SEQLEN)),
+        ({"window": 2**31, "q_offset": 2**40}, {"left": True, "right": True}, (MAX_SEQLEN, 0, 0)),
     ],
     ids=str,
 )  # fmt: skip
