@@ -36,7 +36,8 @@ def delta_kernel(
     do_tile = tile.load(do, b, h, row, seqlen_q, shape.head_dim_v, BLOCK_M, shape.block_dv, True).to(ACC)
     total = tl.sum(o_tile * do_tile, 1)
     if dlse is not None:
-        total -= tile.load_rows(dlse, b, h, row, seqlen_q, 0.0, BLOCK_M, True).to(ACC)
+        inside = row + tl.arange(0, BLOCK_M) < seqlen_q
+        total -= tl.load(tile.strided_rows(dlse, b, h, row, BLOCK_M), mask=inside, other=0.0).to(ACC)
     tile.store_rows(delta, total, b, h, row, seqlen_q)
 
 

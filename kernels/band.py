@@ -95,8 +95,8 @@ def span(begins, ends, b, h, start, length, end, ROWS: tl.constexpr):
     """The lowest of `begins` and the highest of `ends` over rows start ... start + ROWS - 1."""
     rows = tl.arange(0, ROWS)
     inside = start + rows < length
-    lowest = tl.load(tile.row_pointers(begins, b, h, start, ROWS), mask=inside, other=2**30)
-    highest = tl.load(tile.row_pointers(ends, b, h, start, ROWS), mask=inside, other=0)
+    lowest = tl.load(tile.strided_rows(begins, b, h, start, ROWS), mask=inside, other=2**30)
+    highest = tl.load(tile.strided_rows(ends, b, h, start, ROWS), mask=inside, other=0)
     return tl.minimum(tl.min(lowest), end), tl.max(highest)
 
 

@@ -141,9 +141,15 @@ def store(x, value, b, h, start, end, DIM: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(x, b, h, start, ROWS: tl.constexpr):
+def strided_rows(x, b, h, start, ROWS: tl.constexpr):
     """Addresses of x[b, h, start : start + ROWS, 0], of a View with one number a row: [ROWS]."""
-    return origin(x, b, h) + start.to(tl.int64) * x.stride_s + tl.arange(0, ROWS).to(tl.int64) * x.stride_s
+    return origin(x, b, h) + (start.to(tl.int64) + tl.arange(0, ROWS)) * x.stride_s
+
+
+@triton.jit
+def row_pointers(x, b, h, start, ROWS: tl.constexpr):
+    """The same of a View of `rows_of`, whose numbers lie side by side: 64-bit lanes would cost registers."""
+    return origin(x, b, h) + start + tl.arange(0, ROWS)
 
 
 @triton.jit
