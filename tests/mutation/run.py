@@ -15,6 +15,7 @@ import ast
 import gc
 import importlib
 import itertools
+import math
 import os
 import random
 import signal
@@ -112,6 +113,7 @@ class Trial:
         prepare: makes of a case what `check` takes, with the case in it; raises where the case is wrong.
         check: what is wrong with a prepared case by the kernels as they now are.
         equivalent: names of mutants that are listed: no test can kill them, and they are shown a few cases only.
+        limit: seconds of cases that a mutant is shown.
         verbose: print each case with its seconds.
     """
 
@@ -122,9 +124,11 @@ class Trial:
         prepare: Callable[[Any], Any],
         check: Callable[[Any], str],
         equivalent: Iterable[str] = (),
+        limit: float = math.inf,
         verbose: bool = False,
     ) -> None:
         self.sources, self.check, self.equivalent = sources, check, frozenset(equivalent)
+        self.limit = limit
         self.prepared: list[Any] = []
         self.reached: list[Counter[tuple[str, int]]] = []
         self.seconds: list[float] = []
@@ -195,10 +199,9 @@ class Trial:
             order.append(best)
             waiting.remove(best)
             seen.update(self.reached[best])
-        if mutant.name in self.equivalent:
-            spent = itertools.accumulate(self.seconds[i] for i in order)
-            order = [i for i, seconds in zip(order, spent, strict=True) if seconds <= ENOUGH]
-        return order
+        spent = itertools.accumulate(self.seconds[i] for i in order)
+        limit = min(self.limit, ENOUGH if mutant.name in self.equivalent else math.inf)
+        return [i for i, seconds in zip(order, spent, strict=True) if seconds <= limit]
 
     def attempt(self, mutant: Any, order: list[int], pipe: int) -> None:
         """In a fork: run the cases on a mutant; write the number of the one that fails, and why, into the pipe."""
@@ -285,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants drawn at random; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw; default: 0")
     parser.add_argument("--only", default="", metavar="TEXT", help="try those whose name holds TEXT")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of cases for each; default: all that reach it")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--verbose", action="store_true", help="print every case, and what killed each mutant")
     options = parser.parse_args(arguments)
@@ -299,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants, drawn with --seed {options.seed}")
     start = time.perf_counter()
-    trial = Trial(sources(), CASES, prepare, check, equivalent, options.verbose)
+    trial = Trial(sources(), CASES, prepare, check, equivalent, options.seconds, options.verbose)
     print(f"{len(CASES)} cases run unchanged in {time.perf_counter() - start:.0f} s", flush=True)
 
     missed = trial.unreached()

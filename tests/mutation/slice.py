@@ -262,6 +262,7 @@ CASES = [
     Case("alibi", TWO),
     Case("alibi", dtype=FLOAT32),
     Case("tanh_softcap", sigma=2.0),
+    Case("tanh_softcap", sigma=0.1, options={"bias": torch.full((1, 1, 1, 1), 1.75, dtype=FLOAT64)}),
     Case("tanh_softcap", sigma=0.5, dtype=FLOAT32),
     Case("tanh_softcap", dtype=FLOAT32, sigma=2.0),
     # block masks
