@@ -221,11 +221,24 @@ def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         problem = replace(problem, mods=mods._replace(seed=seed))
     inputs = [q, k, v, *(x for x in (getattr(mods, name) for name in DIFFERENTIABLE) if x is not None)]
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs):
+        every = [*inputs, *(x for x in flatten(mods)[0] if x is not None)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in every):
             raise NotImplementedError("torch.func transforms are not served yet; use backward() or torch.autograd.grad")
     operands, *call = call_of(problem)
+    if not torch.compiler.is_compiling():  # torch does it for a tensor argument, but not for one in a list
+        operands = [None if x is None else x.resolve_neg() for x in operands]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if torch.compiler.is_compiling():
+            q, k, v, *operands = distinct([q, k, v, *operands])
         o, lse = Attention.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]
     else:
         o, lse = torch.ops.flash.forward(q, k, v, operands, *call)
     return o, lse
+
+
+def distinct(tensors: list[Any]) -> list[Any]:
+    """The tensors, views of those that came before: torch.compile takes none twice into an autograd.Function."""
+    found: list[Any] = []
+    for x in tensors:
+        found.append(x if x is None or all(x is not y for y in found) else x.view_as(x))
+    return found

@@ -51,7 +51,8 @@ def blocks_of(block_mask: "BlockMask", batch: int, heads: int, seqlen_q: int, se
     marks = _marks(block_mask)
     found = cache.get((seqlen_q, seqlen_k))
     if found is None or not all(map(_same, found[0], marks)):
-        found = cache[seqlen_q, seqlen_k] = marks, _build(block_mask, seqlen_q, seqlen_k)
+        with torch.inference_mode(False):  # what is kept must do for training too
+            found = cache[seqlen_q, seqlen_k] = marks, _build(block_mask, seqlen_q, seqlen_k)
     blocks: Blocks = found[1]
     shape = tuple(blocks.state.shape[:2])
     if shape[0] not in (1, batch) or shape[1] not in (1, heads):

@@ -132,12 +132,14 @@ def check_scale(scale: object, head_dim: int) -> float:
 
 
 def check_softcap(softcap: object) -> float | None:
-    """The soft cap as a finite float, None where there is none."""
+    """The soft cap as a float that float32 holds with room for its inverse, None where there is none."""
     if softcap is None:
         return None
     cap = check_finite("softcap", softcap, "a finite float > 0 or None")
     if not cap > 0.0:
         raise ValueError(f"softcap must be a finite float > 0 or None, got {softcap!r}")
+    if not 1e-30 < cap < 1e30:
+        raise ValueError(f"softcap must be between 1e-30 and 1e30, got {softcap!r}")
     return constant(cap)
 
 
@@ -251,6 +253,23 @@ def check_mod(name: str, mod: Any, shape: Sequence[int], device: torch.device) -
                 "pass what is learned as bias, which has a gradient"
             )
     mod.fit(*shape)
+
+
+def check_spans(spans: Any, shape: Sequence[int], device: torch.device) -> Any:
+    """Check what a MaskMod's spans returned: kernels read it by address."""
+    names, lengths = ("key_begin", "key_end", "query_begin", "query_end"), (shape[2], shape[2], shape[3], shape[3])
+    if not isinstance(spans, tuple) or len(spans) != len(names):
+        raise ValueError(f"mask_mod.spans must return flash.kernels.spec.Spans, got {type(spans).__name__}")
+    for name, x, length in zip(names, spans, lengths, strict=True):
+        full = (shape[0], shape[1], length)
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.int32 or x.device != device:
+            got = name_of(x.dtype) + f" on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"mask_mod.spans must return {name} as an int32 tensor on {device}, got {got}")
+        if x.dim() != 3 or any(size not in (1, whole) for size, whole in zip(x.shape, full, strict=True)):
+            raise ValueError(
+                f"mask_mod.spans must return {name} of shape {list(full)}, or 1 there, got {list(x.shape)}"
+            )
+    return spans
 
 
 def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device) -> None:

@@ -4,6 +4,7 @@
 What a single argument must be is in `flash.checks`; here they come together, and what follows from them is found.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from .checks import (
     check_sinks,
     check_slopes,
     check_softcap,
+    check_spans,
     check_tensors,
     check_window,
     name_of,
@@ -167,7 +169,7 @@ class Problem:
             block_sizes = index(block_q), index(block_k)  # which makes constants of symbolic ones
             blocks = blocks_of(block_mask, q.shape[0], heads, seqlen_q, seqlen_k)
 
-        spans = None if packed else spans_of(mask, mask_mod, seqlen_q, seqlen_k)
+        spans = None if packed else spans_of(mask, mask_mod, shape, device)
         mods = Mods(
             q_offset=offsets, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, starts_q=starts_q,
             starts_k=starts_k, bad=bad, blocks=blocks, spans=spans, score_mod=score_mod, mask_mod=mask_mod,
@@ -227,13 +229,18 @@ def too_long(bad: Any, starts_q: Any, starts_k: Any, mask: Any, bias: Any) -> to
     return bad  # type: ignore[no-any-return]
 
 
-def spans_of(mask: torch.Tensor | None, mask_mod: MaskMod | None, seqlen_q: int, seqlen_k: int) -> Spans | None:
+def spans_of(
+    mask: torch.Tensor | None, mask_mod: MaskMod | None, shape: Sequence[int], device: torch.device
+) -> Spans | None:
     """Bounds on what a dense call's queries see, from a mask alike for all queries and from a MaskMod's own spans."""
+    seqlen_q, seqlen_k = shape[2:]
+    if seqlen_q == 0 or seqlen_k == 0:
+        return None
     found = None
     if mask is not None:
         found = padding_spans(mask, seqlen_q, seqlen_k)
     if mask_mod is not None and mask_mod.spans is not None:
-        more = mask_mod.spans(seqlen_q, seqlen_k, mask_mod.args)
+        more = check_spans(mask_mod.spans(seqlen_q, seqlen_k, mask_mod.args), shape, device)
         found = more if found is None else intersection(found, more)
     return found
 

@@ -155,18 +155,15 @@ def block_mask(call: Call, tile: Tile) -> Tensor:
     row, col, device = call.origin.row, call.origin.col, call.q.device
     state = part_of_blocks(call.mods.blocks, tile.b)
     state = state[tile.heads] if state.shape[0] > 1 else state
-    first = (tile.rows.start + row) // size_q
-    state = state[:, first : (tile.rows.stop - 1 + row) // size_q + 1][..., tile.key_blocks]
+    at = torch.arange(tile.rows.start, tile.rows.stop, device=device) + row
+    state = state[:, at // size_q][..., tile.key_blocks]  # [heads or 1, rows, key blocks]
     blocks: Any = call.mods.blocks
-    whole = (state == -2)[..., None, None].expand(*state.shape, size_q, size_k)
+    keep = (state == -2).unsqueeze(-1).expand(*state.shape, size_k)
     if bool((state >= 0).any()):
-        words = blocks.bits[state.clamp(min=0)]  # [heads or 1, query blocks, key blocks, queries, words]
+        words = blocks.bits[state.clamp(min=0), (at % size_q).unsqueeze(1)]  # [heads or 1, rows, key blocks, words]
         bits = words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=device) & 1
-        partial = bits.bool().flatten(-2)[..., :size_k] & (state >= 0)[..., None, None]
-        whole = whole | partial
-    keep = whole.transpose(-3, -2).flatten(-2).flatten(1, 2)  # [heads or 1, queries of these blocks, keys of them]
-    begin = tile.rows.start + row - first * size_q
-    keep = keep[:, begin : begin + tile.shape[1]]
+        keep = keep | (bits.bool().flatten(-2)[..., :size_k] & (state >= 0).unsqueeze(-1))
+    keep = keep.flatten(-2)
     keys = (tile.key_blocks.unsqueeze(1) * size_k + torch.arange(size_k, device=device)).flatten() - col
     if isinstance(tile.cols, slice):
         inside = (keys >= tile.cols.start) & (keys < tile.cols.stop)

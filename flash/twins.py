@@ -39,6 +39,16 @@ class _Mod:
             need = "a gradient on the triton backend" if twin == "derivative" else f"the {twin} backend"
             raise TypeError(f"{type(self).__name__}.{name} must be {what} for {need}, got None")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with args of its own and the same functions."""
+        return _with_args(self, copy.deepcopy(getattr(self, "args"), memo))  # noqa: B009
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled, as its functions are known by identity: save its args, and make "
+            "it again from them"
+        )
+
     def fit(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         """Raise ValueError where args do not fit a call of these sizes."""
         check, args = getattr(self, "check"), getattr(self, "args")  # noqa: B009  fields of the dataclasses below
@@ -124,8 +134,8 @@ def from_handle(handle: str, args: tuple[torch.Tensor, ...]) -> Any:
 
 def _with_args(mod: Any, args: tuple[torch.Tensor, ...]) -> Any:
     """A copy of a mod with other args; nothing is checked again."""
-    other = copy.copy(mod)
-    object.__setattr__(other, "args", args)
+    other = object.__new__(type(mod))
+    other.__dict__.update(mod.__dict__, args=args)
     return other
 
 
@@ -150,6 +160,8 @@ def _finish(mod: Any, triton_fns: dict[str, str], torch_fns: dict[str, str]) -> 
 
 def _enter(mod: Any, key: tuple[int, ...]) -> str:
     """The handle of functions that were not known; of two threads that bring the same ones, the first decides."""
+    if torch.compiler.is_compiling():  # what it enters into a table it enters when it has done tracing
+        raise RuntimeError("new functions of a mod must be met before torch.compile traces: make the mod once outside")
     with _lock:
         if key not in _handles:
             name = getattr(mod.torch_fn if mod.fn is None else mod.fn, "__name__", type(mod).__name__)

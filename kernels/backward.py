@@ -198,7 +198,7 @@ def backward(
         The gradients, each with its operand's shape, dtype and (of q, k and v) axis order; None where not wanted.
     """
     packed = mods.bad is not None
-    blank = torch.zeros_like if packed else torch.empty_like  # rows of no sequence have no owner
+    blank = torch.zeros_like if packed or q.shape[1] == 0 else torch.empty_like  # rows of no sequence have no owner
     dq, dk, dv = (blank(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
     dslopes = blank(lse) if needs.alibi_slopes else None
     delta = torch.empty_like(lse)
@@ -214,7 +214,7 @@ def backward(
     dlse = None if dlse is None else dlse.unsqueeze(3)
     launch(delta_kernel, programs, q.device, configs.dq, *views(o, do, dlse), delta, *sizes, shape)
     inputs = (*views(q, k, v, do), lse, delta)
-    if dk is not None or dv is not None:
+    if (dk is not None or dv is not None) and q.shape[1] > 0:
         programs, own = cut(k, mods, operands, True, configs.dkdv.block_n)
         launch(dkdv_kernel, programs, q.device, configs.dkdv, *inputs, *views(dk, dv), own, *rest)
     if dq is not None or dslopes is not None:

@@ -140,7 +140,7 @@ def visible(at, mods, sizes, spec: tl.constexpr):
         keep &= not_lowest(element(mods.bias, at, sizes, spec.bias_rows, spec.bias_cols))
     if mods.mask_fn is not None:
         i, j = clamped(at, sizes)
-        keep &= mods.mask_fn(at.b, at.h, i, j, mods.mask_args)
+        keep &= mods.mask_fn(at.b, at.h, i, j, mods.mask_args) != 0
     if spec.blocks is not None:
         keep &= in_blocks(at, mods, keep, spec)
     return keep

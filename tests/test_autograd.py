@@ -197,3 +197,34 @@ def test_o_is_dense_in_the_axis_order_of_q(order: tuple[int, ...], head_dim_v: i
     assert o.permute(order).is_contiguous()
     fake_strides = torch.compile(flash_attention, backend="aot_eager", fullgraph=True)(q, k, v).stride()
     assert fake_strides == o.stride()
+
+
+@pytest.mark.parametrize("backend", ["torch", INTERPRETED])
+def test_an_operand_that_is_negated_lazily_is_read_as_it_is(
+    backend: str, place: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    bias = place(torch.randn(1, 1, 9, 11, dtype=torch.complex64)).conj().imag
+    assert bias.is_neg()
+    q, k, v = (place(x) for x in qkv(torch.float32, grad=False))
+    got = flash_attention(q, k, v, bias=bias, backend=backend)
+    assert torch.equal(got, flash_attention(q, k, v, bias=bias.clone(), backend=backend))  # type: ignore[arg-type]
+
+
+def test_compile_takes_the_same_tensor_twice() -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(9)[None] // 4
+        o = flash_attention(x, x, x, mask_mod=mods.document(ids))
+        assert isinstance(o, torch.Tensor)
+        return o.square().sum()
+
+    x = torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad(loss(x), x)  # and makes the mod's functions known
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", INTERPRETED])
+def test_without_query_heads_keys_get_zero_gradients(backend: str) -> None:
+    q, k = torch.randn(1, 0, 8, 16, requires_grad=True), torch.randn(1, 2, 8, 16, requires_grad=True)
+    flash_attention(q, k, k, backend=backend).sum().backward()  # type: ignore[union-attr]
+    assert k.grad is not None and not k.grad.any()

@@ -230,3 +230,15 @@ def test_compiled_code_reads_a_block_mask_that_it_met_before() -> None:
     want = blocks_of(mask, 1, 1, 64, 64)
     found = torch.compile(lambda: blocks_of(mask, 1, 1, 64, 64).bits + 1, backend="aot_eager", fullgraph=True)()
     assert torch.equal(found, want.bits + 1)
+
+
+def test_a_block_mask_met_in_inference_mode_does_for_training() -> None:
+    from flash.attention import flash_attention
+
+    block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 64, 64, device="cpu")
+    q = torch.randn(1, 2, 64, 16)
+    with torch.inference_mode():
+        flash_attention(q, q, q, block_mask=block_mask)
+    q.requires_grad_()
+    flash_attention(q, q, q, block_mask=block_mask).sum().backward()  # type: ignore[union-attr]
+    assert q.grad is not None

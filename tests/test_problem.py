@@ -461,3 +461,34 @@ def test_compile_traces_every_keyword_without_a_break_whatever_the_numbers(dynam
         tensors, keywords = qkv(seqlen_k=n), {"block_mask": block_mask(5, n)}
         expected = derived(*tensors, **keywords)  # a BlockMask is read outside of compiled code the first time
         assert compiled(*tensors, **keywords)[3] == expected[3]
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        (lambda m, n, args: None, "must return flash.kernels.spec.Spans, got NoneType"),
+        (lambda m, n, args: Spans(None, None, None, None), "key_begin as an int32 tensor on cpu, got NoneType"),
+        (
+            lambda m, n, args: Spans(*4 * [torch.zeros(1, 1, m)]),
+            "key_begin as an int32 tensor on cpu, got float32 on cpu",
+        ),
+        (lambda m, n, args: Spans(*4 * [torch.zeros(1, 1, m, dtype=torch.int32)]), r"query_begin of shape \[2, 4, 7\]"),
+    ],
+)
+def test_spans_that_kernels_could_not_read_are_refused(spans: Any, message: str) -> None:
+    mod = mods.MaskMod(None, lambda b, h, i, j, args: i >= j, (), spans)
+    with pytest.raises(ValueError, match=message):
+        Problem.of(*qkv(), mask_mod=mod)
+
+
+@pytest.mark.parametrize("softcap", [1e-40, 1e39])
+def test_a_softcap_that_float32_does_not_hold_is_refused(softcap: float) -> None:
+    with pytest.raises(ValueError, match="softcap must be between 1e-30 and 1e30"):
+        Problem.of(*qkv(), softcap=softcap)
+
+
+@pytest.mark.parametrize("sizes", [{"seqlen_q": 0}, {"seqlen_k": 0}])
+def test_a_rule_meets_no_query_or_no_key(sizes: dict[str, int]) -> None:
+    for mod in (mods.prefix_lm(torch.tensor([3, 4])), mods.dilated_window(3, 2), mods.neighborhood_2d(2, 2, 1)):
+        o = flash_attention(*qkv(**sizes), mask_mod=mod)
+        assert isinstance(o, torch.Tensor) and not o.any()

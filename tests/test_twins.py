@@ -1,5 +1,7 @@
 """ScoreMod and MaskMod: what they refuse, and handles that never confuse two functions of one name."""
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flash import mods
 from flash.mods import MaskMod, ScoreMod, from_handle, handle_of
 
 triton = pytest.importorskip("triton")
@@ -182,3 +185,11 @@ def test_mods_are_frozen() -> None:
     with pytest.raises(AttributeError):
         mod.args = ()  # type: ignore[misc]
     assert mod != MaskMod(mask, mask_twin) and hash(mod) != 0  # equal by identity: tensors do not compare
+
+
+def test_a_copy_has_args_of_its_own_and_pickling_is_refused() -> None:
+    mod = mods.document(torch.arange(8) // 3)
+    other = copy.deepcopy(mod)
+    assert other.handle == mod.handle and torch.equal(other.args[0], mod.args[0]) and other.args[0] is not mod.args[0]
+    with pytest.raises(TypeError, match="MaskMod cannot be pickled"):
+        pickle.dumps(mod)
