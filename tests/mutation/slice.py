@@ -74,10 +74,16 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         bias[..., 3, 4] = torch.nextafter(lowest, -lowest)
         return {"bias": bias}
     if name == "walled":
-        return {"score_mod": mods.ScoreMod(walled_score, walled_twin, walled_derivative)}
+        walls = torch.arange(seqlen_q) % 9 == 2, torch.arange(seqlen_k) % 9 == 5
+        args = tuple(wall.to(torch.int32) for wall in walls)
+        return {"score_mod": mods.ScoreMod(walled_score, walled_twin, walled_derivative, args)}
     if name == "document":
         ids = torch.arange(max(seqlen_q, seqlen_k)) // 7 + torch.arange(batch)[:, None]
         return {"mask_mod": mods.document(ids[:, :seqlen_q], ids[:, :seqlen_k] + int(detail or 0))}
+    if name == "shared":  # tables without an axis for the batch, or the heads
+        ids = torch.arange(max(seqlen_q, seqlen_k)) // 5
+        table = mods.relative_position(torch.randn(9), 4)
+        return {"mask_mod": mods.document(ids[:seqlen_q], ids[:seqlen_k]), "score_mod": table}
     if name == "prefix_lm":
         return {"mask_mod": mods.prefix_lm(torch.arange(batch) * 4 + 5)}
     if name == "dilated_window":
@@ -89,7 +95,9 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
     if name == "alibi":
         return {"score_mod": mods.alibi(torch.rand(batch, sizes.heads))}
     if name == "tanh_softcap":
-        return {"score_mod": mods.tanh_softcap(1.5)}
+        return {"score_mod": mods.tanh_softcap(float(detail))}
+    if name == "unseen":  # the first sequence sees nothing
+        return {"mask": torch.arange(batch)[:, None, None, None] > torch.zeros(seqlen_k)}
     if name == "blocks":  # "32x64": blocks of 32 queries and 64 keys
         size_q, size_k = map(int, detail.split("x"))
         shape = batch, sizes.heads, seqlen_q, seqlen_k
@@ -98,18 +106,25 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @triton.jit
+def walled(i, j, args):
+    rows, cols = args
+    return (tl.load(rows + i) != 0) | (tl.load(cols + j) != 0)
+
+
+@triton.jit
 def walled_score(s, b, h, i, j, args):
-    return tl.where((i == 2) | (j == 5), float("-inf"), s)
+    return tl.where(walled(i, j, args), float("-inf"), s)
 
 
 @triton.jit
 def walled_derivative(s, b, h, i, j, args):
-    return tl.where((i == 2) | (j == 5), 0.0, 1.0)
+    return tl.where(walled(i, j, args), 0.0, 1.0)
 
 
 def walled_twin(s: Any, b: Any, h: Any, i: Any, j: Any, args: Any) -> Any:
-    """A score that hides keys, all of them from query 2, without saying so as a mask does."""
-    return s.masked_fill((i == 2) | (j == 5), -math.inf)
+    """A score that hides keys, without saying so as a mask does: some queries from all, and all from some queries."""
+    rows, cols = args
+    return s.masked_fill((rows[i] != 0) | (cols[j] != 0), -math.inf)
 
 
 def sieve(b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -174,6 +189,9 @@ ALIGNED = [(14, 28), (15, 29), (16, 30), (17, 31), (28, 14), (29, 15), (30, 16),
 CASES = [
     Case(),
     Case("causal"),
+    Case(sizes=ONE._replace(seqlen_q=1, seqlen_k=1)),
+    Case("causal", ONE._replace(seqlen_q=1)),
+    Case("window", ONE._replace(seqlen_q=1, seqlen_k=1)),
     Case("causal", TWO, BFLOAT16),
     Case("q_offset", TWO),
     Case("causal", dtype=FLOAT32),
@@ -209,6 +227,7 @@ CASES = [
     Case("mask:hk", planted="hidden"),
     Case("padding", TWO._replace(heads=2), planted="hidden"),
     Case("padding causal", ONE._replace(batch=2), config=WIDE),
+    Case("unseen", TWO),
     *(Case(f"mask:{axes}", TWO) for axes in ("bhqk", "hk", "bq", "")),
     Case("bias", planted="hidden"),
     Case("bias", FAR["row"], BFLOAT16),
@@ -233,6 +252,7 @@ CASES = [
     Case("alibi_slopes mask:hk", dtype=BFLOAT16, planted="hidden"),
     Case("alibi_slopes", TWO, FLOAT32, needs=("alibi_slopes",)),
     Case("softcap"),
+    Case(options={"softcap": 50.0}, dtype=FLOAT32),
     Case("softcap causal", LONG, FLOAT32),
     Case("softcap bias", dtype=FLOAT16, sigma=2.0),
     Case("softcap", sigma=4.0, options={"scale": -0.3}),
@@ -254,6 +274,7 @@ CASES = [
     Case("mask_mod", TWO, BFLOAT16),
     Case("document", ONE._replace(batch=2), config=TINY),
     Case("document:2", planted="hidden"),
+    Case("shared", TWO._replace(heads=2)),
     Case("prefix_lm", TWO._replace(seqlen_q=19)),
     Case("dilated_window", config=TINY),
     Case("neighborhood_2d", config=TINY),
@@ -261,10 +282,11 @@ CASES = [
     Case("relative_position", dtype=FLOAT32),
     Case("alibi", TWO),
     Case("alibi", dtype=FLOAT32),
-    Case("tanh_softcap", sigma=2.0),
-    Case("tanh_softcap", sigma=0.1, options={"bias": torch.full((1, 1, 1, 1), 1.75, dtype=FLOAT64)}),
-    Case("tanh_softcap", sigma=0.5, dtype=FLOAT32),
-    Case("tanh_softcap", dtype=FLOAT32, sigma=2.0),
+    Case("tanh_softcap:1.5", sigma=2.0),
+    Case("tanh_softcap:50", dtype=FLOAT32),
+    Case("tanh_softcap:0.1", dtype=FLOAT32, sigma=8.0),
+    Case("tanh_softcap:1.5", sigma=0.1, options={"bias": torch.full((1, 1, 1, 1), 1.75, dtype=FLOAT64)}),
+    Case("tanh_softcap:1.5", dtype=FLOAT32, sigma=2.0),
     # block masks
     Case("block_mask", config=TINY),
     Case("blocks:16x16", ONE._replace(batch=2, heads=2), config=TINY),
@@ -324,8 +346,8 @@ def inputs_of(case: Case) -> Inputs:
     elif case.planted == "whole":
         x = x._replace(q=x.q.round(), k=x.k.round())
     elif case.planted == "seen":
-        for t, part in ((x.q, 3), (x.k, 2), (x.v, 5), (x.do, 4)):
-            t.select(rows, t.shape[rows] // part)[..., -1] = math.nan
+        for t, part in ((x.q, 0.33), (x.k, 0.5), (x.v, 0.2), (x.v, 0.83), (x.do, 0.25)):
+            t.select(rows, int(t.shape[rows] * part))[..., -1] = math.nan
     return x
 
 
@@ -365,6 +387,8 @@ def far_apart(x: Inputs, axis: str) -> Inputs:
     operands = {name: t for name, t in x.options.items() if isinstance(t, torch.Tensor) and t.dim() == 4}
     spread = {name: across(t, axis) for name, t in {**tensors, **operands}.items()}
     options = {name: spread.get(name, value) for name, value in x.options.items()}
+    if x.dlse is not None and axis not in ("dim", "column"):
+        tensors["dlse"] = spread["dlse"] = across(x.dlse.unsqueeze(3), axis).squeeze(3)
     return x._replace(**{name: spread[name] for name in tensors}, options=options)
 
 
