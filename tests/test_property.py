@@ -64,7 +64,7 @@ COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(He
 
 
 @pytest.mark.interpret
-@settings(COMMON, max_examples=40)
+@settings(COMMON, max_examples=25)
 @CALLS
 def test_a_drawn_call_equals_the_oracle(place: Place, keywords: dict[str, Any], configs: Configs) -> None:
     hold(place, keywords, configs)
@@ -112,7 +112,7 @@ TRIPLES = given(triples(), st.builds(Configs, forward=CONFIGS, dkdv=CONFIGS, dq=
 
 
 @BOTH
-@settings(COMMON, max_examples=25)
+@settings(COMMON, max_examples=12)
 @TRIPLES
 def test_three_features_drawn_together_equal_the_oracle(
     place: Place, backend: str, drawn: tuple[list[str], features.Sizes, int], configs: Configs

@@ -199,7 +199,7 @@ HOSTILE = given(cu_q=st.one_of(STARTS, NEARLY), cu_k=st.one_of(STARTS, NEARLY), 
 
 
 @BOTH
-@settings(COMMON, max_examples=40)
+@settings(COMMON, max_examples=20)
 @HOSTILE
 def test_hostile_lengths_harm_their_own_sequence_only(
     place: Place, backend: str, cu_q: list[int], cu_k: list[int], causal: bool
@@ -227,7 +227,7 @@ def hold_drawn(place: Place, backend: str, cu_q: list[int], cu_k: list[int], cau
 
 
 @BOTH
-@settings(COMMON, max_examples=15)
+@settings(COMMON, max_examples=8)
 @given(cu_q=st.one_of(STARTS, NEARLY), cu_k=st.one_of(STARTS, NEARLY))
 def test_hostile_lengths_with_operands_are_never_out_of_bounds(
     place: Place, backend: str, cu_q: list[int], cu_k: list[int]
