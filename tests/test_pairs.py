@@ -6,20 +6,24 @@ from tests import features
 from tests.bounds import check
 from tests.calls import Place
 
-pytestmark = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+INTERPRETED_SLOWLY = pytest.param("triton", marks=[pytest.mark.interpret, pytest.mark.slow])
 
 
+@pytest.mark.parametrize("backend", ["torch", INTERPRETED_SLOWLY])
 @pytest.mark.parametrize("name", features.NAMES)
 def test_a_feature_alone_passes_gradcheck(place: Place, backend: str, name: str) -> None:
     features.gradcheck(features.call_of(place, [name]), backend)
 
 
+@BOTH
 @pytest.mark.slow  # finite differences operand by operand; below, all operands at once
 @pytest.mark.parametrize("pair", features.PAIRS, ids="-".join)
 def test_a_pair_of_features_passes_gradcheck(place: Place, backend: str, pair: tuple[str, str]) -> None:
     features.gradcheck(features.call_of(place, pair), backend)
 
 
+@BOTH
 @pytest.mark.parametrize("pair", features.PAIRS, ids="-".join)
 def test_a_pair_of_features_is_right_in_value_and_in_slope(place: Place, backend: str, pair: tuple[str, str]) -> None:
     x = features.call_of(place, pair)
@@ -28,6 +32,7 @@ def test_a_pair_of_features_is_right_in_value_and_in_slope(place: Place, backend
     features.slope(x, got, backend)
 
 
+@BOTH
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_feature_at_once_is_right_in_value_and_in_slope(place: Place, backend: str, packed: bool) -> None:
     x = features.call_of(place, [name for name in features.NAMES if name != "mask" and (packed or name != "packed")])
