@@ -247,7 +247,7 @@ def cpu() -> list[Case]:
     """
     narrow, wide, long = (
         sweep(CPU_CURVE, "float32", None, 512, (head_dim,), seqlens)
-        for head_dim, seqlens in ((64, (256, 512, 1024)), (128, (512, 1024)), (64, (2048, 4096)))
+        for head_dim, seqlens in ((64, (512, 1024)), (128, (512, 1024)), (64, (2048, 4096)))
     )
     return narrow + wide + small_models() + long
 
@@ -299,7 +299,7 @@ def long(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
 
 def memory(device: torch.device) -> list[Case]:
     """Where peak memory is measured on a CPU, a fresh process each: the timed curve, full, and twice as far."""
-    curve = sweep(CPU_CURVE, "float32", None, 512, (64,), (256, 512, 1024, 2048, 4096, 8192))
+    curve = sweep(CPU_CURVE, "float32", None, 512, (64,), (512, 1024, 2048, 4096, 8192))
     # Longest first: where time runs out, the short ones say least.
     return [] if device.type == "cuda" else [case for case in reversed(curve) if not case.causal]
 

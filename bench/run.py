@@ -32,9 +32,9 @@ RESULTS = Path(__file__).parent / "results"
 MEMORY_PASSES = ("forward", "both")
 MATRICES = {"forward": 2, "both": 3}  # of scores, that standard attention holds at once
 SCORES_BYTES_LIMIT = 2**30  # on a CPU: above it standard attention alone would take most of the time there is
-CPU_EFFORT, GPU_EFFORT, QUICK_EFFORT = Effort(0.0, 0.12, 5), Effort(0.025, 0.1, 5), Effort(0.0, 0.01, 3)
+CPU_EFFORT, GPU_EFFORT, QUICK_EFFORT = Effort(0.0, 0.06, 5), Effort(0.025, 0.1, 5), Effort(0.0, 0.01, 3)
 LONG_EFFORT = Effort(0.0, 0.12, 3)
-CPU_LIMIT, CPU_PATIENCE = 205.0, 0.5
+CPU_LIMIT, CPU_PATIENCE = 225.0, 0.5
 MEMORY_SHARE = 0.3  # of the time limit, so that a busy machine still times something
 FEATURE_SUITES = ("features", "long")  # each with files of its own, few peers, and patience for all of them
 

@@ -191,13 +191,11 @@ def test_the_tests_are_tested(target: str) -> None:
 RESULTS = sorted(ROOT.glob("bench/results/*/"))
 
 
-@pytest.mark.xfail(strict=True, reason="the cost of features is not measured yet")
 @pytest.mark.parametrize("name", ["features.json", "features.png", "long.json", "long-context.png"])
 def test_the_cost_of_features_is_measured(name: str) -> None:
     assert any((folder / name).is_file() for folder in RESULTS)
 
 
-@pytest.mark.xfail(strict=True, reason="the cost of features is not measured yet")
 def test_features_on_a_cpu_are_no_slower_than_standard_attention() -> None:
     """At the length that the run has; dropout apart, whose random numbers are drawn one by one."""
     path = next(iter(ROOT.glob("bench/results/cpu*/features.json")))
