@@ -340,6 +340,7 @@ for mod in (mod, mods.alibi(torch.rand(2))):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MASKS, *SCORES])
 def test_functions_compile_for_targets_that_need_not_be_present(name: str) -> None:
     from triton.backends.compiler import GPUTarget

@@ -219,7 +219,10 @@ def gradients(function: Any, call: dict[str, Any], **extra: Any) -> dict[str, to
     return {"o": o.detach(), "lse": lse.detach(), **grads}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+INTERPRETED_SLOWLY = pytest.param("triton", marks=[pytest.mark.interpret, pytest.mark.slow])
+
+
+@pytest.mark.parametrize("backend", ["torch", INTERPRETED_SLOWLY])
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_reaches_each_sequence(name: str, backend: str, place: Place, device: torch.device) -> None:
     call = moved(packed(), place) | placed(KEYWORDS[name](), device)

@@ -64,8 +64,11 @@ def test_a_window_moves_with_the_position(place: Place, backend: str, q_offset: 
         check(features.run(x, backend), x)
 
 
+SIZES = [(20, 50), (50, 20), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((40, 40), (1, 50)))]
+
+
 @BOTH
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(40, 40), (20, 50), (50, 20), (1, 50)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", SIZES)
 @pytest.mark.parametrize("left, right", EDGES)
 def test_gradients_under_a_window(
     place: Place, backend: str, seqlen_q: int, seqlen_k: int, left: Side, right: Side
