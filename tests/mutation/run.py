@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("survivors.txt")
 SOURCES = ("kernels/*.py", "flash/mods.py")
 LEAST = 0.97  # of the mutants that are not equivalent
-PATIENCE = 5.0  # seconds, and ten times what the cases take unchanged
+PATIENCE = 5.0  # seconds, and ten times what a case takes unchanged
 ENOUGH = 2.0  # seconds of cases for a mutant that is listed as equivalent
 
 
@@ -208,7 +208,6 @@ class Trial:
         from tests.mutation.mutator import install, mutated
 
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_PROF, PATIENCE + 10 * sum(self.seconds[i] for i in order))
         try:
             body = mutated(self.sources[mutant.path], mutant)
             install(interpreted(mutant.path, mutant.function), body, str(ROOT / mutant.path))
@@ -216,6 +215,7 @@ class Trial:
             os.write(pipe, f"-1 {error}".encode())
             return
         for i in order:
+            signal.setitimer(signal.ITIMER_PROF, PATIENCE + 10 * self.seconds[i])
             try:
                 self.counts.clear()
                 complaint = self.check(self.prepared[i]) or self.miscounted(i, mutant)
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants drawn at random; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw; default: 0")
-    parser.add_argument("--only", default="", metavar="TEXT", help="try those whose name holds TEXT")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="try those whose name holds a TEXT")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of cases for each; default: all that reach it")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--verbose", action="store_true", help="print every case, and what killed each mutant")
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.mutation.slice import CASES, check, prepare
 
     equivalent = listed(LIST.read_text(encoding="utf-8"))
-    mutants = [mutant for mutant in every_mutant() if options.only in mutant.name]
+    mutants = [mutant for mutant in every_mutant() if any(text in mutant.name for text in options.only)]
     names = {mutant.name for mutant in every_mutant()}
     gone = [name for name in equivalent if name not in names]
     if options.sample is not None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +28,7 @@ from tests.bounds import Inputs, Outputs
 from tests.features import Sizes
 from tests.interpreter import memory
 from tests.interpreter.poison import poison
+from tests.philox import philox
 
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 ONE = Sizes(batch=1, heads=1, heads_k=1, seqlen_q=37, seqlen_k=51, head_dim=20, head_dim_v=12)
@@ -132,6 +134,14 @@ def sieve(b: Any, h: Any, i: Any, j: Any) -> Any:
     return ((i // 16 + j // 16 + b + h) % 3 != 0) & (((i // 16 + h) % 2 == 0) | ((5 * i + j + b) % 4 != 0))
 
 
+def drawn_probability() -> float:
+    """A dropout_p that one of the draws of ONE is just high enough for: it must be kept."""
+    seed = features.seed_of(Inputs(*[torch.zeros(1)] * 4, None, {}))
+    key = np.uint64(seed % 2**32), np.uint64(seed // 2**32)
+    words = philox((np.arange(ONE.seqlen_k, dtype=np.uint64), *[np.uint64(0)] * 3), key)[0]
+    return float(np.sort(words)[ONE.seqlen_k // 4]) / 2**32
+
+
 class Case(NamedTuple):
     """One call.
 
@@ -200,6 +210,7 @@ CASES = [
     Case("causal", LONG, FLOAT32, sigma=16.0),
     Case(options={"scale": -0.3}, dtype=FLOAT32),
     Case("causal", LONG, FLOAT32, options={"bias": torch.full((1, 1, 1, 1), 4096.0)}, planted="whole"),
+    Case(sizes=ONE._replace(seqlen_k=1), dtype=FLOAT32, sigma=16.0),  # lse is the score: their difference is exactly 0
     Case("causal", options={"q_offset": -20}, planted="hidden"),
     Case("causal", planted="seen"),
     Case("causal", dtype=BFLOAT16, planted="seen"),
@@ -219,6 +230,7 @@ CASES = [
     *(Case("causal", MID, options={"window": (left, 0)}, config=WIDE) for left in (29, 30, 31, 32)),
     Case(options={"window": (None, 5)}),
     Case(options={"window": (0, 0)}),
+    *(Case("window", options={"q_offset": offset}) for offset in (60, -50)),  # every key is out of reach
     Case(options={"window": (FARTHEST, None), "q_offset": FARTHEST}),
     Case(options={"window": (None, FARTHEST), "q_offset": -FARTHEST}),
     Case("q_offset", TWO, options={"window": (3, 1)}),
@@ -261,6 +273,7 @@ CASES = [
     Case("sinks causal", options={"q_offset": -20}),
     Case("sinks causal", options={"q_offset": -20, "sinks": torch.tensor([-math.inf], dtype=FLOAT64)}),
     Case("dropout_p"),
+    Case(options={"dropout_p": drawn_probability()}),
     Case("dropout_p causal", TWO, FLOAT32),
     Case("dropout_p bias:k", TWO, patches={"PROGRAMS": 4}),
     # user functions
@@ -292,6 +305,7 @@ CASES = [
     Case("blocks:16x16", ONE._replace(batch=2, heads=2), config=TINY),
     Case("block_mask", LONG._replace(seqlen_q=20), config=TINY, planted="hidden"),
     Case("blocks:32x64", LONG, config=TINY),
+    Case("blocks:16x1024", config=TINY),
     Case("blocks:32x64", LONG, config=TINY, planted="seen"),
     Case("blocks:64x32 causal", LONG, config=TINY),
     Case("blocks:32x32 mask:qk sinks", ONE, FLOAT32, config=TINY),
