@@ -10,11 +10,12 @@ from flash.kernels.spec import Config
 
 from .journal import Journal
 from .resources import Report
-from .space import Variant, candidates, variants
+from .space import Variant, candidates, orders, variants
 from .tables import HEAD_DIMS, KERNELS, Row, Table, heuristic, kernel_hash
 
-Compile = Callable[[str, str, Variant, Config], Report]
+Compile = Callable[..., Report]  # (target, kernel, variant, config), and `listing` for the loops
 TRIES = 1  # candidates that fit before the least bad one is taken, where nothing promises that none spills
+HIDDEN = 0.5  # least share of exponentials under a wgmma, in the worst call, that the order `ahead` is taken for
 HOPELESS = 128  # bytes spilled: other numbers of stages will not mend that
 
 
@@ -64,7 +65,9 @@ def calls_of(need: Need) -> tuple[Variant, ...]:
     return calls if dtype in ("float16", "bfloat16") and head_dim <= 128 else calls[:2]
 
 
-def measure(target: str, need: Need, config: Config, compile: Compile, most: float = float("inf")) -> Figures:
+def measure(
+    target: str, need: Need, config: Config, compile: Compile, most: float = float("inf"), hidden: float = 0.0
+) -> Figures:
     """Compile a Config for the calls of a row; stops where it spills `most` bytes or more.
 
     Args:
@@ -73,18 +76,22 @@ def measure(target: str, need: Need, config: Config, compile: Compile, most: flo
         config: the tiles.
         compile: (target, kernel, variant, config) -> Report.
         most: spilled bytes of the best so far.
+        hidden: least share of exponentials under a wgmma that the order `ahead` is taken for.
 
     Returns:
-        The worst figures, and a fault where it fails to compile, fit, or keep its wgmma asynchronous.
+        The worst figures, and a fault where it fails to compile, fit, keep its wgmma asynchronous or hide so much.
     """
+    listed = {"listing": True} if config.ahead and hidden > 0.0 else {}
     spill_bytes = shared = 0
     for variant in calls_of(need):
         try:
-            made = compile(target, need.kernel, variant, config)
+            made = compile(target, need.kernel, variant, config, **listed)
         except RuntimeError as error:
             return Figures(spill_bytes, shared, str(error))
         spill_bytes, shared = max(spill_bytes, made.spill_bytes), max(shared, made.shared)
         fault = "; ".join(made.faults) or ("wgmma is serialised" if made.serialized else "")
+        if listed and (made.hidden or 0.0) < hidden:
+            fault = fault or "its exponentials are not hidden"
         if fault or spill_bytes >= most:
             return Figures(spill_bytes, shared, fault or "spills more than another")
     return Figures(spill_bytes, shared, "")
@@ -105,16 +112,17 @@ def choose(target: str, need: Need, compile: Compile, first: Iterable[Config] = 
     best: Row | None = None
     fitting = 0
     hopeless = set()
-    for config in dict.fromkeys((*first, *candidates(target, need.kernel, need.dtype, need.head_dim))):
-        if config[:3] in hopeless:
+    given = (order for config in first for order in orders(target, need.kernel, need.dtype, config))
+    for config in dict.fromkeys((*given, *candidates(target, need.kernel, need.dtype, need.head_dim))):
+        if (*config[:3], config.ahead) in hopeless:
             continue
         most = float("inf") if best is None else best.spill_bytes
-        figures = measure(target, need, config, compile, most)
+        figures = measure(target, need, config, compile, most, HIDDEN)
         fitting += not figures.fault or figures.fault.startswith("spills")
         if not figures.fault:
             best = Row(*need, None, None, config, figures.shared, figures.spill_bytes)
         if figures.spill_bytes > HOPELESS:
-            hopeless.add(config[:3])
+            hopeless.add((*config[:3], config.ahead))
         if best is not None and (best.spill_bytes == 0 or (fitting >= TRIES and not spill_free(target, need))):
             break
     return best

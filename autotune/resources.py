@@ -209,7 +209,8 @@ def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
     operands, chosen = _features(variant)
     spec = Spec(causal=variant.causal, raw=variant.raw, precision=precision)._replace(**chosen)
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
-    constants = {"spec": spec, "shape": shape, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    constants = {"spec": spec, "shape": shape, "AHEAD": config.ahead}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     return {
         **dict.fromkeys(("q", "k", "dq", "dk"), wide),
         **dict.fromkeys(("v", "o", "do", "dv"), wide_v),
@@ -372,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--q-offset", action="store_true", help="offsets read from a tensor")
     parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (delta)")
     parser.add_argument("--feature", action="append", choices=FEATURES, help="of the score; may repeat")
-    parser.add_argument("--config", help="block_m,block_n,num_warps,num_stages; absent = the tables'")
+    parser.add_argument("--config", help="block_m,block_n,num_warps,num_stages[,ahead 0 or 1]; absent = the tables'")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     head_dim_v = options.head_dim_v or options.head_dim
@@ -383,7 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     for target in options.target or ["cuda:90"]:
         if options.config:
-            config = Config(*map(int, options.config.split(",")))
+            *numbers, ahead = map(int, f"{options.config},0".split(",")[:5])
+            config = Config(*numbers, ahead=bool(ahead))
         else:
             name = "dq" if options.kernel in ("delta", "dbias") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)

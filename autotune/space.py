@@ -49,7 +49,7 @@ class Variant(NamedTuple):
 
 
 def candidates(target: str, kernel: str, dtype: str, head_dim: int) -> tuple[Config, ...]:
-    """Configs worth compiling, the most promising first.
+    """Configs worth compiling, the most promising first; `ahead` where matrix products are asynchronous.
 
     Args:
         target: "cuda:90", "hip:gfx942".
@@ -69,7 +69,15 @@ def candidates(target: str, kernel: str, dtype: str, head_dim: int) -> tuple[Con
                     if cost is not None:
                         block_m, block_n = (walked, owned) if kernel == "dkdv" else (owned, walked)
                         ranked.append((cost, Config(block_m, block_n, num_warps, num_stages)))
-    return tuple(config for _, config in sorted(ranked))
+    found = (config for _, config in sorted(ranked))
+    return tuple(order for config in found for order in orders(target, kernel, dtype, config))
+
+
+def orders(target: str, kernel: str, dtype: str, config: Config) -> tuple[Config, ...]:
+    """A Config with each order of the forward's loop that is worth compiling, the more promising first."""
+    asynchronous = target == "cuda:90" and dtype in ("float16", "bfloat16")
+    choices = (True, False) if kernel == "forward" and asynchronous else (False,)
+    return tuple(config._replace(ahead=ahead) for ahead in choices)
 
 
 def _cost(

@@ -34,6 +34,7 @@ ALLOWED = {
     "block_n": (16, 32, 64, 128, 256),
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ahead": (False, True),  # absent = False, and so for dkdv and dq
 }
 KiB = 1024
 LARGEST_FILE = 1024 * KiB
@@ -418,7 +419,7 @@ def _row(data: Any) -> Row:
         raise ValueError(f"a row must be an object, got {data!r:.80}")
 
     def one_of(field: str, allowed: tuple[Any, ...]) -> Any:
-        value = data.get(field)
+        value = data.get(field, False if field == "ahead" else None)
         if not any(type(value) is type(x) and value == x for x in allowed):  # True == 1, but is no number of warps
             raise ValueError(f"{field} must be one of {allowed}, got {value!r:.80}")
         return value
@@ -429,6 +430,9 @@ def _row(data: Any) -> Row:
             raise ValueError(f"{field} must be a count of bytes, got {value!r:.80}")
         return value
 
+    config = Config(*(one_of(field, allowed) for field, allowed in ALLOWED.items()))
+    if config.ahead and data.get("kernel") != "forward":
+        raise ValueError(f"ahead must be false but for forward, got {data.get('kernel')!r:.80}")
     return Row(
         one_of("kernel", KERNELS),
         one_of("dtype", tuple(ITEMSIZE)),
@@ -436,7 +440,7 @@ def _row(data: Any) -> Row:
         one_of("ragged", (None, False, True)),
         one_of("causal", (None, False, True)),
         one_of("seqlen", (None, *SEQLENS)),
-        Config(*(one_of(field, allowed) for field, allowed in ALLOWED.items())),
+        config,
         count("shared"),
         count("spill_bytes"),
         _milliseconds(data.get("ms", 0.0)),
@@ -469,6 +473,8 @@ def dump(table: Table) -> str:
     for row in rows:
         fields = row._asdict()
         fields.update(fields.pop("config")._asdict())
+        if not fields["ahead"]:
+            del fields["ahead"]
         lines.append("    " + json.dumps(fields))
     head = {"format": FORMAT, **{field: value for field, value in table._asdict().items() if field != "rows"}}
     start = json.dumps(head, indent=2)[:-2]

@@ -31,6 +31,7 @@ library.define(
 PLAIN = Mods._fields[: Mods._fields.index("blocks")]  # operands that are one tensor each
 GROUPS: dict[str, Any] = {"blocks": Blocks, "spans": Spans}  # NamedTuples of tensors
 MODS = ("score_mod", "mask_mod")
+ABSENT = (0,) * len(Config._fields)  # stands for a Config that the user leaves to the tables
 DIFFERENTIABLE = ("bias", "alibi_slopes", "sinks")
 
 
@@ -68,14 +69,16 @@ def spec_of(text: str) -> tuple[Spec, tuple[Any, ...]]:
 
 
 def configs_of(numbers: Sequence[int]) -> tuple[Config | None, Config | None, Config | None]:
-    """The three Configs that crossed an op's boundary as numbers, four each; zeros stand for an absent one."""
-    forward, dkdv, dq = (Config(*numbers[i : i + 4]) if numbers[i] else None for i in (0, 4, 8))
+    """The three Configs that crossed an op's boundary as numbers, one a field; zeros stand for an absent one."""
+    width = len(ABSENT)
+    parts = (numbers[i * width : (i + 1) * width] for i in range(3))
+    forward, dkdv, dq = (Config(*part[:-1], ahead=bool(part[-1])) if part[0] else None for part in parts)
     return forward, dkdv, dq
 
 
 def call_of(problem: Problem) -> tuple[Any, ...]:
     """What an op needs of a Problem beside q, k and v, in the schema's order."""
-    numbers = [number for config in problem.configs for number in config or (0, 0, 0, 0)]
+    numbers = [int(number) for config in problem.configs for number in config or ABSENT]
     operands, rest = flatten(problem.mods)
     text = str((tuple(problem.spec), rest))
     return operands, problem.scale, list(problem.positions), text, problem.backend, numbers

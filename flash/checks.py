@@ -311,10 +311,11 @@ def check_config(config: ConfigLike) -> tuple[Config | None, Config | None, Conf
             "block_n": (16, 32, 64, 128, 256),
             "num_warps": (1, 2, 4, 8, 16),
             "num_stages": tuple(range(1, 9)),
+            "ahead": (False, True) if name == "forward" else (False,),
         }
         for field, allowed in limits.items():
             got = getattr(value, field)
-            if type(got) is not int or got not in allowed:
+            if type(got) is not type(allowed[0]) or got not in allowed:
                 raise ValueError(f"config[{name!r}].{field} must be one of {allowed}, got {got!r}")
     return given.get("forward"), given.get("dkdv"), given.get("dq")
 

@@ -17,7 +17,7 @@ import torch
 from . import fallback
 from ._version import __version__
 from .autotune import tables
-from .kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
+from .kernels.spec import Configs, Gradients, Mods, Positions, Spec
 from .problem import KERNELS, MAX_HEAD_DIM, Problem, check_flag, name_of
 
 PREFERENCE = ("hopper", "triton", "torch")
@@ -174,7 +174,7 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
     fits = [min(block & -block, tile) for block, tile in zip(blocks, (config.block_m, config.block_n), strict=True)]
     if fits == [config.block_m, config.block_n]:
         return found
-    cut = Config(fits[0], fits[1], config.num_warps, config.num_stages)
+    cut = config._replace(block_m=fits[0], block_n=fits[1])
     return tables.Choice(cut, f"{found.reason}; cut to divide block_mask's blocks {blocks}")
 
 

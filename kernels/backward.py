@@ -57,7 +57,8 @@ def dkdv_kernel(
     DV: tl.constexpr = shape.block_dv
     FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
     lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
-    col, h_k, b, q0, k0, sizes = tile.place(mods, sizes, heads // shape.group, True, BLOCK_N)
+    LAST_LONGEST: tl.constexpr = spec.left and not (spec.causal or spec.right)  # later keys are seen by more queries
+    col, h_k, b, q0, k0, sizes = tile.place(mods, sizes, heads // shape.group, True, BLOCK_N, 1, LAST_LONGEST)
     offset = tile.first_position(mods, sizes, b)
     natural, unit = score.units(scale, spec, ACC)
     j = (col + tl.arange(0, BLOCK_N))[:, None]
@@ -124,7 +125,8 @@ def dq_kernel(
     lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
     if dslopes is not None:
         shares = tile.rows_of(dslopes, mods, sizes)
-    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M)
+    LAST_LONGEST: tl.constexpr = spec.causal or spec.right  # later queries see more keys
+    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M, shape.group, LAST_LONGEST)
     h_k = h // shape.group
     offset = tile.first_position(mods, sizes, b)
     natural, unit = score.units(scale, spec, ACC)

@@ -6,8 +6,13 @@
 
 One program owns BLOCK_M queries of one head and walks the keys they can see BLOCK_N at a time: first the tiles that
 all of them see, then those at the edges. There a weight of 0 would not keep a NaN of v from queries that must not see
-it, as 0 * NaN = NaN: such values are left out of the product, and make NaN of the outputs that do see them
-afterwards.
+it, as 0 * NaN = NaN: such values are left out of the product, and outputs that do see them are overwritten with NaN.
+
+Over full tiles the loop has two orders, of the same sums in the same order:
+
+    classic    s = q k^T, softmax, p v
+    AHEAD      s of the next tile = q k^T, then softmax and p v of this one: a matrix product that the exponentials do
+               not wait for, and that can run under them where it is asynchronous (sm_90)
 """
 
 import torch
@@ -19,23 +24,66 @@ from .launch import LENGTHS, cut, launch, prepare, shape_of, sizes_of, view
 from .spec import Config, Mods, Positions, Site, Sizes, Spec, dense_like
 
 
+@triton.jit
+def beside(rows, col, N: tl.constexpr):
+    """The Site of the queries `rows` with the N keys from col on."""
+    return Site(rows.b, rows.h, rows.i, (col + tl.arange(0, N))[None, :], rows.offset, rows.q0, rows.k0)
+
+
+@triton.jit
+def product(
+    q_tile, k, rows, col, end, spec: tl.constexpr, shape: tl.constexpr, ACC: tl.constexpr, N: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """q k^T of the N keys from col on: [M, N]."""
+    h_k = rows.h // shape.group
+    k_tile = tile.load(k, rows.b, h_k, rows.k0 + col, end, shape.head_dim, N, shape.block_d, PARTIAL)
+    return tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
+
+
+@triton.jit
+def take_in(
+    qk, v, rows, col, end, m, l, acc, mods, sizes, scale, spec: tl.constexpr, shape: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """The keys from col on join the softmax: (m [M], l [M], acc [M, D], whether their v held NaN or infinity)."""
+    N: tl.constexpr = qk.shape[1]
+    PRECISE: tl.constexpr = v.ptr.dtype.element_ty.primitive_bitwidth >= 32
+    _, unit = score.units(scale, spec, acc.dtype)
+    at = beside(rows, col, N)
+    s = score.score(qk, at, mods, sizes, scale, spec)
+    if PARTIAL:
+        s = tl.where(score.visible(at, mods, sizes, spec), s, float("-inf"))
+    p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
+    p = softmax.thinned(p, at, mods, spec)
+    h_k = rows.h // shape.group
+    v_tile = tile.load(v, rows.b, h_k, rows.k0 + col, end, shape.head_dim_v, N, shape.block_dv, PARTIAL)
+    strange = 0
+    if PARTIAL:
+        strange = tl.max((tile.finite(v_tile) != v_tile).to(tl.int32))
+        v_tile = tile.finite(v_tile)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=spec.precision, out_dtype=acc.dtype)
+    return m, l, acc, strange
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q, k, v, o, lse, mods, heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
-    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    spec: tl.constexpr, shape: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
     ACC: tl.constexpr = lse.dtype.element_ty
-    PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
     FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
     lse = tile.rows_of(lse, mods, sizes)
-    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M)
-    h_k = h // shape.group
+    LAST_LONGEST: tl.constexpr = spec.causal or spec.right  # later queries see more keys
+    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M, shape.group, LAST_LONGEST)
     offset = tile.first_position(mods, sizes, b)
-    natural, unit = score.units(scale, spec, ACC)
+    natural, _ = score.units(scale, spec, ACC)
     i = (row + tl.arange(0, BLOCK_M))[:, None]
+    rows = Site(b, h, i, None, offset, q0, k0)
 
     q_tile = tile.load(q, b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim, BLOCK_M, D, True)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -46,36 +94,39 @@ def forward_kernel(
     end = k0 + run[3]  # keys past it are seen by no query of this tile: they are not read, whatever they hold
     strange = 0  # whether a partial tile of v held NaN or infinity
     for PARTIAL in tl.static_range(FIRST, 2):
-        for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL)):
-            col = band.start(run, t, mods, spec, 1, BLOCK_N, PARTIAL)
-            at = Site(b, h, i, (col + tl.arange(0, BLOCK_N))[None, :], offset, q0, k0)
-            k_tile = tile.load(k, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
-            qk = tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
-            s = score.score(qk, at, mods, sizes, scale, spec)
-            if PARTIAL:
-                s = tl.where(score.visible(at, mods, sizes, spec), s, float("-inf"))
-            p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
-            p = softmax.thinned(p, at, mods, spec)
-            v_tile = tile.load(v, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
-            if PARTIAL:
-                strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
-                v_tile = tile.finite(v_tile)
-            acc = acc * alpha[:, None]
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=spec.precision, out_dtype=ACC)
-
-    if strange != 0:  # rare: back to the queries that do see what is not finite
-        for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, True)):
-            col = band.start(run, t, mods, spec, 1, BLOCK_N, True)
-            at = Site(b, h, i, (col + tl.arange(0, BLOCK_N))[None, :], offset, q0, k0)
-            v_tile = tile.load(v, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, True)
-            keep = score.visible(at, mods, sizes, spec).to(v_tile.dtype)
-            found = (tile.finite(v_tile) != v_tile).to(v_tile.dtype)
-            seen = tl.dot(keep, found, input_precision=spec.precision, out_dtype=ACC)
-            acc = tl.where(seen > 0.0, float("nan"), acc)
+        count = band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL)
+        if AHEAD and not PARTIAL:
+            if count > 0:
+                col = band.start(run, 0, mods, spec, 1, BLOCK_N, PARTIAL)
+                qk = product(q_tile, k, rows, col, end, spec, shape, ACC, BLOCK_N, PARTIAL)
+                for t in range(1, count):
+                    ahead = band.start(run, t, mods, spec, 1, BLOCK_N, PARTIAL)
+                    qk_ahead = product(q_tile, k, rows, ahead, end, spec, shape, ACC, BLOCK_N, PARTIAL)
+                    m, l, acc, odd = take_in(qk, v, rows, col, end, m, l, acc, mods, sizes, scale, spec, shape, PARTIAL)
+                    col, qk = ahead, qk_ahead
+                m, l, acc, odd = take_in(qk, v, rows, col, end, m, l, acc, mods, sizes, scale, spec, shape, PARTIAL)
+        else:
+            for t in range(count):
+                col = band.start(run, t, mods, spec, 1, BLOCK_N, PARTIAL)
+                qk = product(q_tile, k, rows, col, end, spec, shape, ACC, BLOCK_N, PARTIAL)
+                m, l, acc, odd = take_in(qk, v, rows, col, end, m, l, acc, mods, sizes, scale, spec, shape, PARTIAL)
+                strange = tl.maximum(strange, odd)
 
     o_tile, lse_row = softmax.finish(acc, m, l, natural, mods, b, h)
     tile.store(o, tile.spoiled(o_tile, mods, b), b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim_v)
     tile.store_rows(lse, tile.spoiled(lse_row, mods, b), b, h, q0 + row, q0 + sizes.seqlen_q)
+
+    if strange != 0:  # rare: back to the outputs that do see what is not finite, acc no longer in registers
+        tl.debug_barrier()  # not before o is written, by whatever thread
+        nan = tl.full([BLOCK_M, DV], float("nan"), ACC)
+        for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, True)):
+            col = band.start(run, t, mods, spec, 1, BLOCK_N, True)
+            at = beside(rows, col, BLOCK_N)
+            v_tile = tile.load(v, b, h // shape.group, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, True)
+            keep = score.visible(at, mods, sizes, spec).to(v_tile.dtype)
+            found = (tile.finite(v_tile) != v_tile).to(v_tile.dtype)
+            seen = tl.dot(keep, found, input_precision=spec.precision, out_dtype=ACC)
+            tile.store(o, nan, b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim_v, seen > 0.0)
 
 
 def forward(
@@ -114,5 +165,6 @@ def forward(
     programs, operands = cut(q, mods, operands, False, config.block_m)
     views = (view(x, packed) for x in (q, k, v, o))
     sizes = sizes_of(q, k, mods, positions)
-    launch(forward_kernel, programs, q.device, config, *views, lse, operands, *sizes, scale, spec, shape_of(q, k, v))
+    rest = (*sizes, scale, spec, shape_of(q, k, v), config.ahead)
+    launch(forward_kernel, programs, q.device, config, *views, lse, operands, *rest)
     return o, lse

@@ -18,12 +18,15 @@ class Config(NamedTuple):
         block_n: keys in a tile, a power of two, 16 to 256.
         num_warps: warps (32 threads; 64 on AMD) that share a tile: 1, 2, 4, 8 or 16.
         num_stages: tiles in flight from memory, 1 to 8.
+        ahead: multiply q and the next tile of keys before the softmax of this one, so that its exponentials can run
+            under a matrix product; of the forward alone. Default: False.
     """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    ahead: bool = False
 
 
 class Configs(NamedTuple):

@@ -24,13 +24,36 @@ def locate(blocks, heads):
 
 
 @triton.jit
-def place(mods, sizes, heads, BY_KEY: tl.constexpr, BLOCK: tl.constexpr):
-    """The tile of BLOCK queries or keys that this program owns: (first row, head, sequence, q0, k0, its Sizes)."""
+def locate_group(blocks, heads, GROUP: tl.constexpr):
+    """The same where GROUP heads of one tile are neighbours, then tiles, then groups."""
+    pid = tl.program_id(0)
+    rest = pid // GROUP
+    group, b = rest // blocks % (heads // GROUP), rest // blocks // (heads // GROUP)
+    return rest % blocks, group * GROUP + pid % GROUP, b
+
+
+@triton.jit
+def place(
+    mods, sizes, heads, BY_KEY: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr = 1,
+    DOWNWARDS: tl.constexpr = False,
+):  # fmt: skip
+    """The tile of BLOCK queries or keys that this program owns: (first row, head, sequence, q0, k0, its Sizes).
+
+    Programs start in the order of their ids. Those of one tile in the GROUP of heads that share keys come one after
+    another, then the tiles of the sequence, DOWNWARDS from the last where that one has most to do, then the next group:
+    long programs start before short ones, and what run at a time read the same keys.
+    """
     if mods.tiles is None:
-        block, h, b = locate(tl.cdiv(sizes.seqlen_k if BY_KEY else sizes.seqlen_q, BLOCK), heads)
+        blocks = tl.cdiv(sizes.seqlen_k if BY_KEY else sizes.seqlen_q, BLOCK)
+        block, h, b = locate_group(blocks, heads, GROUP)
+        if DOWNWARDS:
+            block = blocks - 1 - block
         return block * BLOCK, h, b, 0, 0, sizes
     else:
-        tile, h, _ = locate(tl.num_programs(0) // heads, heads)
+        blocks = tl.num_programs(0) // heads
+        tile, h, _ = locate_group(blocks, heads, GROUP)
+        if DOWNWARDS:
+            tile = blocks - 1 - tile
         low, high = tile * 0, sizes.batch
         while high - low > 1:  # tiles[low] <= tile, and tile < tiles[high] where such a sequence exists
             middle = (low + high) // 2
@@ -133,10 +156,12 @@ def spoiled(x, mods, b):
 
 
 @triton.jit
-def store(x, value, b, h, start, end, DIM: tl.constexpr):
-    """Write value [ROWS, BLOCK_D] to x[b, h, start : start + ROWS], without what lies past `end` and DIM."""
+def store(x, value, b, h, start, end, DIM: tl.constexpr, where=None):
+    """Write value [ROWS, BLOCK_D] to x[b, h, start : start + ROWS], `where` given and not past `end` and DIM."""
     rows, dims = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     mask = inside(start, end, rows, dims, DIM, True)
+    if where is not None:
+        mask &= where
     tl.store(pointers(x, b, h, start, rows, dims), value.to(x.ptr.dtype.element_ty), mask=mask)
 
 

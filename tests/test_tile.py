@@ -44,6 +44,17 @@ def rows_kernel(x, y, mods, heads, seqlen_q, seqlen_k, batch, ROWS: tl.constexpr
 
 
 @triton.jit
+def place_kernel(out, mods, heads, seqlen, batch, GROUP: tl.constexpr, DOWNWARDS: tl.constexpr, ROWS: tl.constexpr):
+    sizes = Sizes(heads, seqlen, seqlen, batch, 0, 0, 0)
+    row, h, b, _, _, own = tile.place(mods, sizes, heads, False, ROWS, GROUP, DOWNWARDS)
+    at = out + tl.program_id(0) * 4
+    tl.store(at, row)
+    tl.store(at + 1, h)
+    tl.store(at + 2, b)
+    tl.store(at + 3, own.seqlen_q)
+
+
+@triton.jit
 def position_kernel(out, mods, sizes):
     b = tl.program_id(0)
     tl.store(out + b, tile.first_position(mods, sizes, b))
@@ -96,6 +107,30 @@ def test_rows_are_loaded_and_stored_within_their_head(place: Place, seqlen: int)
     programs = triton.cdiv(seqlen, ROWS) * 6
     rows_kernel[(programs,)](x, y, Operands(), 3, seqlen, 0, 2, ROWS=ROWS, RAGGED=seqlen % ROWS != 0)
     assert torch.equal(x, y) and not is_poisoned(y).any()
+
+
+@pytest.mark.parametrize("downwards", [False, True])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_programs_start_group_by_group_and_tile_by_tile(place: Place, group: int, downwards: bool) -> None:
+    batch, heads, seqlen = 2, 4, 40  # three tiles
+    out = place(torch.zeros(batch * heads * 3, 4, dtype=torch.int32))
+    place_kernel[(len(out),)](out, Operands(), heads, seqlen, batch, GROUP=group, DOWNWARDS=downwards, ROWS=ROWS)
+    rows = (32, 16, 0) if downwards else (0, 16, 32)
+    groups = [range(first, first + group) for first in range(0, heads, group)]
+    want = [[row, h, b, seqlen] for b in range(batch) for each in groups for row in rows for h in each]
+    assert out.tolist() == want
+
+
+def test_packed_programs_start_with_the_last_tile_where_it_has_most_to_do(place: Place) -> None:
+    lengths = [5, 33]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    tiles = torch.tensor([0, 1, 4], dtype=torch.int32)
+    pointers = {"starts_q": starts, "starts_k": starts, "tiles": tiles, "bad": torch.zeros(2, dtype=torch.uint8)}
+    mods = Operands(**{name: place(t) for name, t in pointers.items()})
+    out = place(torch.zeros(2 * 5, 4, dtype=torch.int32))  # a tile to spare for each head
+    place_kernel[(len(out),)](out, mods, 2, 38, 2, GROUP=2, DOWNWARDS=True, ROWS=ROWS)
+    found = [(row, h, b) for row, h, b, seqlen in out.tolist() if seqlen > 0]
+    assert found == [(row, h, b) for row, b in ((32, 1), (16, 1), (0, 1), (0, 0)) for h in range(2)]
 
 
 @pytest.mark.parametrize("lengths", [[5, 16, 33], [0, 40, 0, 0, 1, 0], [0, 0]])
