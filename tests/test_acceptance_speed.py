@@ -41,14 +41,9 @@ def test_the_forward_hides_its_exponentials_on_hopper(head_dim: int) -> None:
     assert getattr(found.config, "ahead", False)
 
 
-@BUILT
-def test_the_longest_tiles_come_first() -> None:
-    named_test("test_order", "test_causal_programs_start_with_the_longest")
-
-
-@BUILT
-def test_heads_of_a_group_run_side_by_side() -> None:
-    named_test("test_order", "test_heads_that_share_keys_are_neighbours")
+def test_the_longest_tiles_come_first_and_heads_of_a_group_run_side_by_side() -> None:
+    named_test("test_tile", "test_programs_start_group_by_group_and_tile_by_tile")
+    named_test("test_tile", "test_packed_programs_start_with_the_last_tile_where_it_has_most_to_do")
 
 
 @BUILT
@@ -62,7 +57,8 @@ def test_hopper_kernels_equal_the_oracle_in_simulation(name: str) -> None:
 @pytest.mark.parametrize("name", ["hopper_forward", "hopper_backward"])
 def test_every_shipped_hopper_configuration_is_compiled_in_the_tests(name: str) -> None:
     configs = importlib.import_module(f"flash.kernels.{name}").CONFIGS
-    assert configs and all(isinstance(config, Config) for config in configs.values())
+    assert configs and all(isinstance(config, Config) for choices in configs.values() for config in choices)
+    named_test(f"test_{name}", "test_shipped_configurations_neither_spill_nor_wait")
 
 
 @BUILT

@@ -193,6 +193,7 @@ class Case(NamedTuple):
 
 WIDE = {"forward": Config(16, 32, 4, 1), "dkdv": Config(32, 16, 4, 1), "dq": Config(16, 32, 4, 1)}
 TINY = {"forward": Config(16, 16, 4, 1), "dkdv": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1)}
+AHEAD = {**TINY, "forward": Config(16, 16, 4, 1, ahead=True)}
 FARTHEST = 2**30 - 2**9
 ALIGNED = [(14, 28), (15, 29), (16, 30), (17, 31), (28, 14), (29, 15), (30, 16), (31, 17)]  # with the edges of tiles
 
@@ -219,6 +220,9 @@ CASES = [
     Case("causal", TWO, needs=("v",), dlse=False),
     Case("causal", TWO._replace(batch=3), options={"q_offset": torch.tensor([2**40, -(2**40), 10])}),
     *(Case("causal", FAR[axis], BFLOAT16, far=axis) for axis in ("batch", "head", "row", "tile", "dim")),
+    Case(sizes=MID, config=AHEAD),
+    Case("causal", LONG, FLOAT16, config=AHEAD),
+    Case("softcap window", LONG, options={"window": (40, 25)}, config=AHEAD, planted="hidden"),
     # windows
     Case("window", planted="hidden", options={"q_offset": 3}),
     Case("window", ONE._replace(seqlen_q=51, seqlen_k=37), config=WIDE),
