@@ -46,12 +46,15 @@ HEAD_DIMS = (64, 128, 256)  # of a tile in shared memory; TMA fills what a head 
 REGISTERS = {2: 168, 3: 128}  # of a thread at launch, by the number of consumers: all there are
 RESIDENT = 32 * 2**20  # bytes of K and V that stay in the 50 MB of L2 while their queries pass
 
-# head_dim: tiles that compile without a spill and with the softmax under p v; block_m is 64 for each consumer,
-# num_warps 4 for each, num_stages counts the ring's slots. The first is the one to use until one is measured.
+# (columns of a tile, whether some visible pair is hidden by position): tiles that compile without a spill and with the
+# softmax under p v. block_m is 64 for each consumer, num_warps 4, num_stages counts slots. The first is the one to use.
 CONFIGS = {
-    64: (Config(192, 128, 12, 2), Config(128, 128, 8, 2)),
-    128: (Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
-    256: (Config(128, 64, 8, 2),),
+    (64, False): (Config(192, 128, 12, 2), Config(128, 128, 8, 2)),
+    (64, True): (Config(128, 128, 8, 2),),
+    (128, False): (Config(128, 128, 8, 2),),
+    (128, True): (Config(128, 128, 8, 2),),
+    (256, False): (Config(128, 64, 8, 2),),
+    (256, True): (Config(128, 64, 8, 2),),
 }
 
 
@@ -101,16 +104,16 @@ def producer(
 
 @gluon.jit
 def consumer(
-    me: gl.constexpr, o_desc, lse, keys, values, smem, bars, at, run, mods, lengths, units,
+    me: gl.constexpr, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units,
     spec: gl.constexpr, shape: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Find o and lse of 64 queries."""
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
     row, h, b = at
-    heads, seqlen_q, seqlen_k, offset, left, right = lengths
+    seqlen_q, seqlen_k, offset, left, right = lengths
     scale, natural, unit = units
-    sizes = Sizes(heads, seqlen_q, seqlen_k, 1, offset, left, right)
+    sizes = Sizes(1, seqlen_q, seqlen_k, 1, offset, left, right)
     dtype: gl.constexpr = o_desc.dtype
     D: gl.constexpr = shape.block_d
     DV: gl.constexpr = shape.block_dv
@@ -153,9 +156,7 @@ def consumer(
     if spec.causal or spec.left or spec.right:
         if gl.max(gl.max((acc - acc != 0.0).to(gl.int32), 1), 0) != 0:
             pivot = gl.convert_layout(gl.where(m == float("-inf"), 0.0, m), O_ROW_LAYOUT)
-            acc = visible_sum(
-                keys, values, q, first, pivot, at, run, mods, lengths, units, spec, shape, BLOCK_N, O_LAYOUT
-            )
+            acc = visible_sum(sources, q, first, pivot, at, run, mods, lengths, units, spec, shape, BLOCK_N, O_LAYOUT)
 
     full = band.tiles(run, mods, spec, 1, BLOCK_N, False)
     if full > 0:
@@ -197,7 +198,7 @@ def consumer(
     weight, divisor, lse_row = softmax.totals(m, l, natural, mods, b, h)
     factor = weight / divisor if mods.sinks is not None else 1.0 / divisor
     o = acc * gl.convert_layout(factor, O_ROW_LAYOUT)[:, None]
-    gl.store(lse + (b.to(gl.int64) * heads + h) * seqlen_q + rows, lse_row, mask=rows < seqlen_q)
+    gl.store(lse + rows, lse_row, mask=rows < seqlen_q)
     o_smem = q_smem.index(me)  # the queries are spent
     o_smem.reshape([ROWS, DV]).store(o.to(dtype))
     fence_async_shared()
@@ -207,13 +208,13 @@ def consumer(
 
 @gluon.jit
 def visible_sum(
-    keys, values, q, first, pivot, at, run, mods, lengths, units,
+    sources, q, first, pivot, at, run, mods, lengths, units,
     spec: gl.constexpr, shape: gl.constexpr, BLOCK_N: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """acc after the tiles at the edges, from the visible pairs alone: exp(s - pivot) v, key by key. [ROWS, DV]"""
-    heads, seqlen_q, seqlen_k, offset, left, right = lengths
+    seqlen_q, seqlen_k, offset, left, right = lengths
     scale, natural, unit = units
-    sizes = Sizes(heads, seqlen_q, seqlen_k, 1, offset, left, right)
+    sizes = Sizes(1, seqlen_q, seqlen_k, 1, offset, left, right)
     _, h, b = at
     D: gl.constexpr = shape.block_d
     DV: gl.constexpr = shape.block_dv
@@ -222,7 +223,7 @@ def visible_sum(
     rows = first + gl.arange(0, ROWS, ROW_LAYOUT)
     dims = gl.arange(0, COLUMNS, gl.SliceLayout(0, Q_LAYOUT))
     dims_v = gl.arange(0, DV, gl.SliceLayout(0, O_LAYOUT))
-    k, v = tile.origin(keys, b, h // shape.group), tile.origin(values, b, h // shape.group)
+    k, k_stride, v, v_stride = sources
     acc = gl.zeros([ROWS, DV], gl.float32, O_LAYOUT)
     for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, True)):
         col = band.start(run, t, mods, spec, 1, BLOCK_N, True)
@@ -230,10 +231,12 @@ def visible_sum(
             qk = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
             for c in gl.static_range(D // COLUMNS):
                 inside = dims + c * COLUMNS < shape.head_dim
-                k_row = gl.load(k + j.to(gl.int64) * keys.stride_s + dims + c * COLUMNS, mask=inside, other=0.0)
-                products = q.slice(c * COLUMNS, COLUMNS, 1).load(Q_LAYOUT).to(gl.float32) * k_row.to(gl.float32)[None, :]
+                k_row = gl.load(k + j.to(gl.int64) * k_stride + dims + c * COLUMNS, mask=inside, other=0.0)
+                products = (
+                    q.slice(c * COLUMNS, COLUMNS, 1).load(Q_LAYOUT).to(gl.float32) * k_row.to(gl.float32)[None, :]
+                )
                 qk += gl.convert_layout(gl.sum(products, 1), ROW_LAYOUT)
-            v_row = gl.load(v + j.to(gl.int64) * values.stride_s + dims_v, mask=dims_v < shape.head_dim_v, other=0.0)
+            v_row = gl.load(v + j.to(gl.int64) * v_stride + dims_v, mask=dims_v < shape.head_dim_v, other=0.0)
             site = Site(b, h, rows, j, offset, 0, 0)
             s = score.score(qk, site, mods, sizes, scale, spec)
             p = softmax.exponential(s, pivot, unit, False).to(v_row.dtype).to(gl.float32)
@@ -276,14 +279,23 @@ def forward_kernel(
     smem = (q_smem, k_smem, v_smem)
     bars = (q_full, k_full, k_empty, v_full, v_empty)
     at = (row, h, b)
-    lengths = (heads, seqlen_q, seqlen_k, offset, left, right)
+    lse += (b.to(gl.int64) * heads + h) * seqlen_q
+    h_k = h // shape.group
+    sources = (tile.origin(keys, b, h_k), keys.stride_s, tile.origin(values, b, h_k), values.stride_s)
+    lengths = (seqlen_q, seqlen_k, offset, left, right)
     units = (scale, natural, unit)
     # What is known when compiling stays out of tuples that have a name: those hold tensors.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, o_desc, lse, keys, values, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS)),
-                (consumer, (1, o_desc, lse, keys, values, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS)),
+                (
+                    consumer,
+                    (0, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
+                ),
+                (
+                    consumer,
+                    (1, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
+                ),
                 (producer, (q_desc, k_desc, v_desc, smem, bars, at, run, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
             ],
             [4, 1],
@@ -292,9 +304,18 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, o_desc, lse, keys, values, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS)),
-                (consumer, (1, o_desc, lse, keys, values, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS)),
-                (consumer, (2, o_desc, lse, keys, values, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS)),
+                (
+                    consumer,
+                    (0, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
+                ),
+                (
+                    consumer,
+                    (1, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
+                ),
+                (
+                    consumer,
+                    (2, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
+                ),
                 (producer, (q_desc, k_desc, v_desc, smem, bars, at, run, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
             ],
             [4, 4, 1],
