@@ -342,7 +342,7 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mods: Mods, spec
         "a mask": mods.mask,
         "a bias": mods.bias,
         "ALiBi": mods.alibi_slopes,
-        "dropout": mods.seed,
+        "dropout": spec.dropout_p or None,
         "a block mask": mods.blocks,
         "a score_mod": mods.score_mod,
         "a mask_mod": mods.mask_mod,

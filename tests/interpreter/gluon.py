@@ -6,7 +6,7 @@ Triton's interpreter refuses Gluon. Here every partition of a program is a threa
 where it waits and after it arrives at a barrier, so that whatever it allowed the others to do happens at once. The
 machine is mean, so that an error of protocol shows every time:
 
-    TMA load    poisons its target with NaN when issued, fills it when no thread can go on without
+    TMA load    poisons its target with NaN when issued, fills it when no thread can go on and one awaits it
     TMA store   reads its source when it is awaited, and finds NaN where that changed meanwhile
     wgmma       reads its operands when issued and when awaited; where the two differ the product is NaN; until a wait
                 completes it nobody can touch its result
@@ -53,6 +53,7 @@ class Thread:
         self.turn = threading.Semaphore(0)
         self.ready: Callable[[], bool] = lambda: True
         self.waits_for = ""
+        self.barrier: Barrier | None = None  # that it waits for
         self.done = False
         self.products: list[Product] = []  # wgmma in flight, oldest first
         self.stores: list[TmaStore] = []
@@ -64,16 +65,17 @@ class Program:
     def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], seed: int | None) -> None:
         self.place, self.grid = place, grid
         self.random = None if seed is None else random.Random(f"{seed} {place}")
-        self.loads: list[Callable[[], None]] = []
+        self.loads: list[TmaLoad] = []
         self.threads = [Thread("the program")]
         self.memories: list[Memory] = []
         self.numbers = itertools.count()
         self.error: BaseException | None = None
 
-    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+    def wait_until(self, ready: Callable[[], bool], what: str, barrier: "Barrier | None" = None) -> None:
         me = here.thread
-        me.ready, me.waits_for = ready, what
+        me.ready, me.waits_for, me.barrier = ready, what, barrier
         self.hand_over()
+        me.barrier = None
 
     def pause(self) -> None:
         """Let the others go on, as far as they can."""
@@ -95,12 +97,13 @@ class Program:
         while self.error is None:
             order = self.threads[at + 1 :] + self.threads[: at + 1]
             able = [thread for thread in order if not thread.done and thread.ready()]
+            awaited = [load for load in self.loads if any(load.barrier is t.barrier for t in self.threads)]
             if self.random is not None and self.loads and (not able or self.random.random() < 0.3):
-                self.loads.pop(self.random.randrange(len(self.loads)))()
+                self.random.choice(self.loads).run()
             elif able:
                 return able[0] if self.random is None else self.random.choice(able)
-            elif self.loads:
-                self.loads.pop(0)()
+            elif awaited:
+                awaited[0].run()
             else:
                 waiting = "; ".join(f"{t.name} waits for {t.waits_for}" for t in self.threads if not t.done)
                 self.error = TimeoutError(f"deadlock of program {self.place}: {waiting}")
@@ -163,7 +166,7 @@ class Barrier:
         assert self.count, f"{self.name} was never initialised"
         assert parity in (0, 1), f"a phase has parity 0 or 1, not {parity}"
         missing = f"phase {self.phases} of {self.name}"
-        here.program.wait_until(lambda: self.phases % 2 != parity, f"parity {parity}, in {missing}")
+        here.program.wait_until(lambda: self.phases % 2 != parity, f"parity {parity}, in {missing}", self)
 
 
 class Barriers:
@@ -271,21 +274,26 @@ class Descriptor:
         return self.tensor[tuple(source)], tuple(block)
 
 
+class TmaLoad:
+    """A copy in flight, of which its target shows nothing yet."""
+
+    def __init__(self, desc: Descriptor, coord: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+        assert target.shape == desc.block_shape, f"a block of {desc.block_shape} does not fill {target.shape}"
+        assert len(coord) == len(desc.shape), f"{len(coord)} coordinates in a tensor of {desc.shape}"
+        self.desc, self.coordinates, self.barrier, self.target = desc, [int(n) for n in coord], barrier, target
+        target.data.fill_(float("nan"))
+
+    def run(self) -> None:
+        here.program.loads.remove(self)
+        source, where = self.desc.window(self.coordinates)
+        self.target.data.zero_()
+        self.target.data[where].copy_(source)
+        self.barrier.update(0, -self.desc.block_type.nbytes)
+
+
 def tma_load(desc: Descriptor, coord: Sequence[Any], barrier: Barriers, result: Shared, pred: Any = True) -> None:
-    if not bool(pred):
-        return
-    assert result.shape == desc.block_shape, f"a block of {desc.block_shape} does not fill {result.shape}"
-    assert len(coord) == len(desc.shape)
-    coordinates, target = [int(n) for n in coord], barrier_of(barrier)
-    result.data.fill_(float("nan"))
-
-    def arrive() -> None:
-        source, where = desc.window(coordinates)
-        result.data.zero_()
-        result.data[where].copy_(source)
-        target.update(0, -desc.block_type.nbytes)
-
-    here.program.loads.append(arrive)
+    if bool(pred):
+        here.program.loads.append(TmaLoad(desc, coord, barrier_of(barrier), result))
 
 
 class TmaStore:
