@@ -396,6 +396,8 @@ def main(argv: list[str] | None = None) -> int:
     for target in options.target or ["cuda:90"]:
         if options.config:
             config = Config(*map(int, options.config.split(",")))
+        elif options.kernel in gluon.KERNELS:
+            config = gluon.config(options.kernel, variant)
         else:
             name = "dq" if options.kernel in ("delta", "dbias") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)
