@@ -80,10 +80,11 @@ def place(section, heads, batch, seqlen_q, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, smem, bars, at, run, mods,
+    given, mods,
     spec: gl.constexpr, shape: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Bring q, and the tiles of k and v in the order that `consumer` takes them."""
+    q_desc, k_desc, v_desc, smem, bars, at, run = given
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
     row, h, b = at
@@ -108,10 +109,11 @@ def producer(
 
 @gluon.jit
 def consumer(
-    me: gl.constexpr, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units,
+    me: gl.constexpr, given, mods,
     spec: gl.constexpr, shape: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Find o and lse of 64 queries."""
+    o_desc, lse, sources, smem, bars, at, run, lengths, units = given
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
     row, h, b = at
@@ -288,19 +290,15 @@ def forward_kernel(
     sources = (tile.origin(keys, b, h_k), keys.stride_s, tile.origin(values, b, h_k), values.stride_s)
     lengths = (seqlen_q, seqlen_k, offset, left, right)
     units = (scale, natural, unit)
-    # What is known when compiling stays out of tuples that have a name: those hold tensors.
+    # A tuple with a name holds tensors alone: what is known when compiling is passed beside it.
+    brings = (q_desc, k_desc, v_desc, smem, bars, at, run)
+    finds = (o_desc, lse, sources, smem, bars, at, run, lengths, units)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (
-                    consumer,
-                    (0, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (
-                    consumer,
-                    (1, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (producer, (q_desc, k_desc, v_desc, smem, bars, at, run, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
+                (consumer, (0, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (consumer, (1, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (producer, (brings, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
             ],
             [4, 1],
             [240, 24],
@@ -308,19 +306,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    consumer,
-                    (0, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (
-                    consumer,
-                    (1, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (
-                    consumer,
-                    (2, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (producer, (q_desc, k_desc, v_desc, smem, bars, at, run, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
+                (consumer, (0, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (consumer, (1, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (consumer, (2, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (producer, (brings, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
