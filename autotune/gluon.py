@@ -52,9 +52,9 @@ def padded(variant: Variant) -> tuple[int, int]:
     from flash.kernels.hopper_forward import tile_of
 
     found = tile_of(variant.head_dim), tile_of(variant.head_dim_v)
-    if None in found:
+    if 0 in found:
         raise ValueError(f"no tile holds head_dim {variant.head_dim} and head_dim_v {variant.head_dim_v}")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def descriptors(variant: Variant, config: Config) -> dict[str, str]:
@@ -73,3 +73,10 @@ def options(kernel: str, config: Config) -> dict[str, int]:
     from flash.kernels.hopper_forward import options_of
 
     return options_of(config)
+
+
+def config(kernel: str, variant: Variant) -> Config:
+    """The Config that a kernel ships for a call."""
+    from flash.kernels.hopper_forward import CONFIGS
+
+    return CONFIGS[padded(variant)[0], variant.causal or "window" in variant.features][0]

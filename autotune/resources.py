@@ -398,6 +398,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.config:
             *numbers, ahead = map(int, f"{options.config},0".split(",")[:5])
             config = Config(*numbers, ahead=bool(ahead))
+        elif options.kernel in gluon.KERNELS:
+            config = gluon.config(options.kernel, variant)
         else:
             name = "dq" if options.kernel in ("delta", "dbias") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)

@@ -13,7 +13,7 @@ ptxas moves the wait for p v above the softmax, and hides nothing, unless a basi
 the barrier of the next K ends one: it stands there for that (tests/test_hopper_forward.py asks for the overlap).
 
 A weight of 0 does not keep a NaN of v from queries that must not see it. Tiles where that can happen are at the edges,
-which come first: where acc is not finite after them, their products are found again, key by key, without what is hidden.
+which come first: where acc is not finite after them, it is found again key by key, from the visible pairs alone.
 
 Same contract as `forward.forward`, for the calls that `unserved` lets pass.
 """
@@ -21,16 +21,20 @@ Same contract as `forward.forward`, for the calls that `unserved` lets pass.
 import torch
 import triton
 import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError as error:
+    raise ImportError(f"the Hopper kernels are written in Gluon, which Triton {triton.__version__} lacks") from error
 
 from . import band, score, softmax, tile
 from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
@@ -76,10 +80,11 @@ def place(section, heads, batch, seqlen_q, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, smem, bars, at, run, mods,
+    given, mods,
     spec: gl.constexpr, shape: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Bring q, and the tiles of k and v in the order that `consumer` takes them."""
+    q_desc, k_desc, v_desc, smem, bars, at, run = given
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
     row, h, b = at
@@ -104,10 +109,11 @@ def producer(
 
 @gluon.jit
 def consumer(
-    me: gl.constexpr, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units,
+    me: gl.constexpr, given, mods,
     spec: gl.constexpr, shape: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Find o and lse of 64 queries."""
+    o_desc, lse, sources, smem, bars, at, run, lengths, units = given
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
     row, h, b = at
@@ -154,7 +160,7 @@ def consumer(
         mbarrier.arrive(v_empty.index(slot), count=1)
 
     if spec.causal or spec.left or spec.right:
-        if gl.max(gl.max((acc - acc != 0.0).to(gl.int32), 1), 0) != 0:
+        if gl.sum(gl.sum(acc - acc, 1), 0) != 0.0:
             pivot = gl.convert_layout(gl.where(m == float("-inf"), 0.0, m), O_ROW_LAYOUT)
             acc = visible_sum(sources, q, first, pivot, at, run, mods, lengths, units, spec, shape, BLOCK_N, O_LAYOUT)
 
@@ -231,17 +237,17 @@ def visible_sum(
             qk = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
             for c in gl.static_range(D // COLUMNS):
                 inside = dims + c * COLUMNS < shape.head_dim
-                k_row = gl.load(k + j.to(gl.int64) * k_stride + dims + c * COLUMNS, mask=inside, other=0.0)
+                k_row = gl.load(k + j * k_stride.to(gl.int64) + dims + c * COLUMNS, mask=inside, other=0.0)
                 products = (
                     q.slice(c * COLUMNS, COLUMNS, 1).load(Q_LAYOUT).to(gl.float32) * k_row.to(gl.float32)[None, :]
                 )
                 qk += gl.convert_layout(gl.sum(products, 1), ROW_LAYOUT)
-            v_row = gl.load(v + j.to(gl.int64) * v_stride + dims_v, mask=dims_v < shape.head_dim_v, other=0.0)
+            v_row = gl.load(v + j * v_stride.to(gl.int64) + dims_v, mask=dims_v < shape.head_dim_v, other=0.0)
             site = Site(b, h, rows, j, offset, 0, 0)
             s = score.score(qk, site, mods, sizes, scale, spec)
             p = softmax.exponential(s, pivot, unit, False).to(v_row.dtype).to(gl.float32)
             keep = score.visible(site, mods, sizes, spec)[:, None]
-            acc += gl.where(keep, p[:, None] * v_row.to(gl.float32)[None, :], 0.0)
+            acc = gl.where(keep, acc + p[:, None] * v_row.to(gl.float32)[None, :], acc)
     return acc
 
 
@@ -284,19 +290,15 @@ def forward_kernel(
     sources = (tile.origin(keys, b, h_k), keys.stride_s, tile.origin(values, b, h_k), values.stride_s)
     lengths = (seqlen_q, seqlen_k, offset, left, right)
     units = (scale, natural, unit)
-    # What is known when compiling stays out of tuples that have a name: those hold tensors.
+    # A tuple with a name holds tensors alone: what is known when compiling is passed beside it.
+    brings = (q_desc, k_desc, v_desc, smem, bars, at, run)
+    finds = (o_desc, lse, sources, smem, bars, at, run, lengths, units)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (
-                    consumer,
-                    (0, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (
-                    consumer,
-                    (1, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (producer, (q_desc, k_desc, v_desc, smem, bars, at, run, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
+                (consumer, (0, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (consumer, (1, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (producer, (brings, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
             ],
             [4, 1],
             [240, 24],
@@ -304,19 +306,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    consumer,
-                    (0, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (
-                    consumer,
-                    (1, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (
-                    consumer,
-                    (2, o_desc, lse, sources, smem, bars, at, run, mods, lengths, units, spec, shape, BLOCK_N, SLOTS),
-                ),
-                (producer, (q_desc, k_desc, v_desc, smem, bars, at, run, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
+                (consumer, (0, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (consumer, (1, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (consumer, (2, finds, mods, spec, shape, BLOCK_N, SLOTS)),
+                (producer, (brings, mods, spec, shape, BLOCK_N, SLOTS, CONSUMERS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -335,14 +328,14 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mods: Mods, spec
     shape = shape_of(q, k, v)
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{str(q.dtype).removeprefix('torch.')}, where wgmma multiplies float16 or bfloat16"
-    if tile_of(shape.head_dim) is None or tile_of(shape.head_dim) != tile_of(shape.head_dim_v):
+    if not 0 < tile_of(shape.head_dim) == tile_of(shape.head_dim_v):
         return f"head_dim {shape.head_dim} and head_dim_v {shape.head_dim_v}, which fill no tile of {HEAD_DIMS} alike"
     features = {
         "packed sequences": mods.bad,
         "a mask": mods.mask,
         "a bias": mods.bias,
         "ALiBi": mods.alibi_slopes,
-        "dropout": mods.seed,
+        "dropout": spec.dropout_p or None,
         "a block mask": mods.blocks,
         "a score_mod": mods.score_mod,
         "a mask_mod": mods.mask_mod,
@@ -358,9 +351,9 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mods: Mods, spec
     return None
 
 
-def tile_of(head_dim: int) -> int | None:
-    """Columns of the tile that holds a head."""
-    return next((size for size in HEAD_DIMS if head_dim <= size), None)
+def tile_of(head_dim: int) -> int:
+    """Columns of the tile that holds a head; 0 where none does."""
+    return next((size for size in HEAD_DIMS if head_dim <= size), 0)
 
 
 def unaddressed(x: torch.Tensor) -> str | None:

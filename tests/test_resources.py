@@ -110,6 +110,17 @@ def test_command_line_prints_a_report(capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out)["limit"] == 227 * 1024
 
 
+@pytest.mark.aot
+def test_gluon_kernels_compile_for_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    with pytest.raises(RuntimeError, match="for cuda:90 alone"):  # the compiler would abort the process
+        resources.build("cuda:100", "hopper_forward", Variant("float16", 64, 64), Config(128, 64, 8, 2))
+    with pytest.raises(ValueError, match="no tile holds head_dim 300"):
+        resources.build("cuda:90", "hopper_forward", Variant("float16", 300, 300), Config(128, 64, 8, 2))
+    assert resources.main(["hopper_forward", "--head-dim", "64", "--dtype", "float16", "--causal"]) == 0
+    assert "100% of exponentials under a wgmma" in capsys.readouterr().out
+
+
 def chosen(target: str, kernel: str, feature: str, head_dim: int) -> Config:
     """The Config that a call with a feature runs with."""
     choice = lookup(target, "dq" if kernel == "dbias" else kernel, "bfloat16", head_dim, 8192, True)
