@@ -58,7 +58,7 @@ def right(case: Case) -> Attention:
 def measured(*measured_peers: Peer, case: Case = TINY, settings: run.Settings = FAST) -> Record:
     """A record of one case and some peers."""
     made = Record(record.machine(CPU, 1), run.described(run.parse([]), settings), {}, {}, {})
-    run.time_all(made, [case], measured_peers, settings, lambda text: None, lambda: None)
+    run.time_all(made, [case], measured_peers, settings, lambda text: None, lambda case: None)
     record.compare_peers(made)
     return made
 
