@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from bench.cases import PASSES, Case
 from bench.peers import OURS
-from bench.plot import bars, figure, finish, seqlen_axis, shown_peers
+from bench.plot import bars, figure, finish, seqlen_axis, short, shown_peers
 from bench.race import ceiling, race
 from bench.record import Record
 from bench.report import NAMES, curves, throughput_unit
@@ -33,6 +33,12 @@ def panels_of(record: Record) -> list[list[tuple[str, list[Case]]]]:
     return lines
 
 
+def tick(case: Case) -> str:
+    """A case on the axis of lengths; a published model's by its name too."""
+    generated = case.series == "sweep" or case.name.startswith("gqa")
+    return short(case.seqlen_k) + ("" if generated else f"\n{case.name}")
+
+
 def draw_rates(record: Record, what: str, path: Path) -> Path | None:
     """Grouped bars of a pass: a panel for each head_dim and mask, the ceiling dashed."""
     lines = panels_of(record)
@@ -52,6 +58,7 @@ def draw_rates(record: Record, what: str, path: Path) -> Path | None:
                 axes.set_axis_off()
                 continue
             bars(axes, record, curve, peers, what)
+            axes.set_xticks(range(len(curve)), [tick(case) for case in curve])
             if top is not None:
                 axes.axhline(scale * top, color="#333333", lw=1, ls="--", label="matrix product of this run")
                 axes.set_ylim(0, max(axes.get_ylim()[1], 1.08 * scale * top))
@@ -77,8 +84,7 @@ def draw_ratio(record: Record, path: Path) -> Path | None:
         if lengths:
             seqlen_axis(axes, sorted(lengths))
             axes.legend(fontsize=7, loc="best")
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.15)
+        axes.set_ylim(0, 1.15 * max([1.0, *(ratio for (_, of), ratio in over.items() if of == what)]))
         axes.set_ylabel("times as fast as the best peer (dashed = 1)")
         axes.set_title(NAMES[what], fontsize=10)
         axes.grid(alpha=0.3)
@@ -90,11 +96,12 @@ def ratio_lines(axes: "Axes", record: Record, over: dict[tuple[str, str], float]
     lengths: set[int] = set()
     for shade, line in enumerate(panels_of(record)):
         for mask, (title, curve) in zip(MASKS, line, strict=True):
-            points = [(case.seqlen_k, over[case.name, what]) for case in curve if (case.name, what) in over]
+            points = {case.seqlen_k: over[case.name, what] for case in curve if (case.name, what) in over}
             if points:
                 style = "-" if mask == "full" else ":"
-                axes.plot(*zip(*points, strict=True), f"o{style}", color=SHADES[shade % len(SHADES)], label=title)
-                lengths |= {length for length, _ in points}
+                shown = {"color": SHADES[shade % len(SHADES)], "label": title, "markersize": 4}
+                axes.plot(list(points), list(points.values()), f"o{style}", **shown)
+                lengths |= points.keys()
     return lengths
 
 

@@ -1,8 +1,7 @@
-"""The speed suite: its cases and their order, peers in processes of their own, the ceiling, the race in text and picture."""
+"""The speed suite: its cases in order, peers in processes of their own, the ceiling, the race as text and pictures."""
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import apart, ceiling, check, overlap, peers, race, race_plot, record, run, trial
+from bench import apart, ceiling, check, overlap, race, race_plot, record, run, trial
 from bench import cases as shapes
 from bench.apart import STOPPED, Apart
 from bench.cases import Case
@@ -103,7 +102,7 @@ def stand_in(job: dict[str, Any]) -> dict[str, Any]:
     """What a child runs in place of bench.apart.serve: a peer whose backward never comes back, and one that dies."""
     if job["peer"] == "hangs" and "backward" in job["passes"]:
         time.sleep(600)
-    if job["peer"] == "dies":
+    if job["peer"] == "dies" and "backward" in job["passes"]:
         raise SystemExit(3)
     took = Latency(1.0, 0.9, 1.1, 5)
     rows = [Row(job["case"].name, job["peer"], what, "ok", latency=took, tflops=1.0) for what in job["passes"]]
@@ -150,8 +149,10 @@ def test_a_peer_that_hangs_or_dies_is_recorded_and_passed_over(
         assert outcomes(second) == {"forward": "ok", "backward": "skipped", "both": "skipped"}
         assert "passed over: it had to be stopped" in second[-1].reason
         rows = children.measure(SMALL, peer("dies", right(SMALL)), *expected, FAST)
-        assert rows[0].outcome == "error" and rows[0].reason == f"{STOPPED}the process ended with 3"
-        assert children.stops == {("hangs", "backward"): 1, ("dies", "forward"): 1, ("dies", "backward"): 1}
+        assert outcomes(rows) == outcomes(first) and rows[-1].reason == f"{STOPPED}the process ended with 3"
+        assert {key: stops for key, stops in children.stops.items() if stops} == {
+            ("hangs", "backward"): 1, ("dies", "backward"): 1
+        }  # fmt: skip
     finally:
         children.close()
 
@@ -203,3 +204,184 @@ def test_clocks_are_read_by_name_or_absent_with_the_reason(monkeypatch: pytest.M
     monkeypatch.setattr(ceiling, "question", lambda: ["no-such-program-here"])
     assert "no-such-program-here" in ceiling.clocks(GPU)["absent"]
     assert "no-such-program-here" in ceiling.clocks_under(lambda: None, GPU)["absent"]
+
+
+def made_up(lengths: tuple[int, ...] = ()) -> Record:
+    """A race that no GPU ran: every kind of outcome, at round rates; of all lengths or of these."""
+    settings = trial.Settings(GPU, effort=run.GPU_EFFORT)
+    machine = record.machine(CPU, 1) | {"device": "cuda", "gpu": "made-up GPU", "gpu_clocks": "not readable"}
+    made = Record(machine, run.described(run.parse(["--suite", "speed"]), settings), {}, {}, {})
+    speeds = {
+        OURS: 600.0,
+        PLAIN: 500.0,
+        HOPPER: 600.0,
+        TUTORIAL: 400.0,
+        "sdpa-cudnn": 640.0,
+        "sdpa-math": 30.0,
+        FLEX: 450.0,
+    }
+    for case in shapes.suite("speed", GPU):
+        if lengths and case.seqlen_q not in lengths:
+            continue
+        made.cases[case.name] = case
+        made.checked[case.name] = "every head"
+        for name, base in speeds.items():
+            for what in shapes.PASSES:
+                factor = (0.6 + 0.4 * min(case.seqlen_q / 8192, 1)) * (0.7 if what == "backward" else 1.0)
+                if name == "sdpa-cudnn":  # ours is behind where sequences are long, and ahead where they are short
+                    factor = (0.7 if what == "backward" else 1.0) * min(case.head_dim * case.seqlen_q / 2**20, 1)
+                tflops = base * factor * (0.85 if case.causal else 1.0)
+                ms = shapes.flops(case, what) / tflops / 1e9
+                row = Row(case.name, name, what, "ok", latency=Latency(ms, 0.99 * ms, 1.02 * ms, 9), tflops=tflops)
+                lost = replace(row, latency=None, tflops=None)
+                if name == "sdpa-math" and case.seqlen_q > 8192:
+                    row = replace(lost, outcome="oom", reason="CUDA out of memory")
+                elif name == TUTORIAL and (case.head_dim == 256 or case.group > 1):
+                    row = replace(lost, outcome="absent", reason="the tutorial has not this shape")
+                elif name == HOPPER and case.head_dim == 64 and case.causal:
+                    row = replace(lost, outcome="wrong", reason="error above its bound: o 1.0e+00 > 1.0e-02")
+                elif name == FLEX and case.seqlen_q == 32768:
+                    row = replace(lost, outcome="skipped", reason=trial.LATE)
+                elif name == FLEX and case.name == "d128 full 512":
+                    row = replace(lost, outcome="error", reason=f"{STOPPED}more than 90 s")
+                made.add([row])
+        made.add([Row(case.name, "flash-attn-4", what, "absent", "not installed") for what in shapes.PASSES])
+    rates = {str(n): {"tflops": rate, "low": rate - 5, "high": rate + 5} for n, rate in ((4096, 700.0), (8192, 800.0))}
+    made.speed = {
+        "ceilings": [
+            {"dtype": "bfloat16", "date": "today", "sizes": rates, "tflops": 800.0, "clocks": {"absent": "none"}}
+        ],
+        "clocks": {},
+        "tiles": {},
+    }
+    return made
+
+
+def test_the_race_compares_with_each_peer_with_the_best_and_with_the_ceiling() -> None:
+    made = made_up()
+    found = {(each["case"], each["pass"]): each for each in race.race(made)}
+    each = found["d128 full 8192", "forward"]
+    assert each["best_peer"] == "sdpa-cudnn"
+    assert each["over_best"] == pytest.approx(600 / 640)
+    assert each["over_each"][TUTORIAL] == pytest.approx(1.5)
+    assert each["over_each"][PLAIN] == pytest.approx(1.2)
+    ours = each["peers"][OURS]
+    assert (ours["tflops"], ours["of_ceiling"]) == (pytest.approx(600), pytest.approx(0.75))
+    assert (ours["low"], ours["high"]) == (pytest.approx(600 / 1.02), pytest.approx(600 / 0.99))
+    assert each["peers"]["flash-attn-4"] == {"outcome": "absent", "reason": "not installed"}
+    assert found["d128 full 16384", "forward"]["peers"]["sdpa-math"]["outcome"] == "oom"
+    made.rows["d128 full 8192", OURS, "forward"].latency = None
+    made.rows["d128 full 8192", OURS, "forward"].outcome = "wrong"
+    assert race.standing(made, made.cases["d128 full 8192"], "forward")["over_best"] is None
+
+
+def test_the_report_says_what_was_reached_and_what_was_not() -> None:
+    made = made_up()
+    found = {figure.name: figure for figure in race.figures(made)}
+    assert len(found) == len(race.TARGETS) + 2 * 2 * len(race.LEAD_CASES)
+    assert not found["d128 full 8192, forward, TFLOP/s"].met  # 600, wants 610
+    assert found["d64 full 8192, forward, TFLOP/s"].met
+    assert found[f"d128 full 8192, forward, times {TUTORIAL}"].reached == pytest.approx(1.5)
+    assert not found["d128 causal 8192, forward, TFLOP/s"].met
+    text = race.report(made)
+    for words in ("OOM", "WRONG", "ERROR", "skipped", "MISSED", "reached", "made-up GPU", "0.94x", "75%", "sdpa-cudnn"):
+        assert words in text, words
+    assert "flash-attn-4: absent: not installed (every case)" in text
+    assert f"flex: ERROR: {STOPPED}more than 90 s" in text
+    assert text.rstrip().endswith("|"), "the figures to reach come last"
+    assert "No GPU speed is measured" not in text
+
+
+def test_the_pictures_show_what_has_no_number(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the bench extra")
+    made = made_up(lengths=(8192, 16384))
+    assert {path.name for path in race_plot.draw(made, tmp_path)} == {
+        "speed-forward.png", "speed-backward.png", "speed-both.png", "speed-ratio.png"
+    }  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+    _, panels = race_plot.figure(1, 1, 4, 3)
+    race_plot.bars(panels[0][0], made, [made.cases["d128 full 16384"]], ["sdpa-math", OURS], "forward")
+    assert [text.get_text().strip() for text in panels[0][0].texts] == ["OOM", "600"]
+    titles = [title for line in race_plot.panels_of(made) for title, _ in line]
+    assert "head_dim 256, causal" in titles and "32 heads, 8 of keys, head_dim 128, full" in titles
+
+
+def quick_run(out: Path, *more: str) -> int:
+    """The suite as a user runs it on a CPU, on two of its cases."""
+    arguments = ["--suite", "speed", "--quick", "--device", "cpu", "--threads", "1", "--cases", "d64 causal"]
+    return run.main([*arguments, "--out", str(out), *more])
+
+
+def test_the_suite_runs_from_command_line_to_pictures_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the bench extra")
+    pytest.importorskip("tqdm", reason="the progress bar needs the bench extra")
+    assert quick_run(tmp_path, "--limit", "0") == 0
+    content = json.loads((tmp_path / "speed.json").read_text())
+    late = {(row["outcome"], row["reason"]) for row in content["rows"] if row["outcome"] != "absent"}
+    assert late == {("skipped", trial.LATE)}
+
+    assert quick_run(tmp_path, "--resume", "--peers", OURS, "sdpa-math", "--apart") == 0
+    content = json.loads((tmp_path / "speed.json").read_text())
+    rows = {(row["case"], row["peer"], row["what"]): row for row in content["rows"]}
+    names = ("d64 causal 128", "d64 causal 256")
+    for name in names:
+        for what in shapes.PASSES:
+            assert [rows[name, each, what]["outcome"] for each in (OURS, "sdpa-math")] == ["ok", "ok"]
+            assert rows[name, "flex", what]["outcome"] == "absent" and rows[name, "flex", what]["reason"]
+            assert rows[name, "sdpa-flash", what]["outcome"] == "skipped"
+    assert len(content["speed"]["ceilings"]) == 2
+    assert set(content["speed"]["tiles"]) == set(names)
+    each = next(each for each in content["speed"]["race"] if each["case"] == names[0] and each["pass"] == "both")
+    assert each["best_peer"] == "sdpa-math" and each["over_best"] == each["over_each"]["sdpa-math"] > 0
+    told = capsys.readouterr().out
+    assert "No GPU speed is measured here" in told and "d64 full 8192" not in told
+    assert (tmp_path / "speed.md").read_text() in told
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        *(f"speed-{what}.png" for what in shapes.PASSES), "speed-ratio.png"
+    }  # fmt: skip
+
+    assert quick_run(tmp_path, "--resume", "--peers", OURS, "sdpa-math", "--again", OURS) == 0
+    again = record.load(tmp_path / "speed.json").rows
+    for name in names:
+        assert again[name, OURS, "both"].latency != Latency(**rows[name, OURS, "both"]["latency"])
+        assert again[name, "sdpa-math", "both"].latency == Latency(**rows[name, "sdpa-math", "both"]["latency"])
+
+
+def tiled(backend: str, config: Any) -> Record:
+    """A race of one case with the tiles that ours had on it."""
+    made = made_up()
+    kernels = {"forward": {"config": config._asdict(), "reason": "made up"}}
+    made.speed["tiles"] = {"d128 full 8192": {PLAIN: {"backend": backend, "target": "cuda:90", "kernels": kernels}}}
+    return made
+
+
+def test_a_compile_report_that_cannot_be_made_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash.autotune import resources
+    from flash.kernels.spec import Config
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise FileNotFoundError("nvdisasm is not there")
+
+    monkeypatch.setattr(resources, "report", fails)
+    made = tiled("triton", Config(128, 64, 8, 2))
+    overlap.compile_all(made, deadline=0.0)
+    assert [each.found for each in overlap.of(made)] == [{"absent": overlap.LATE}]
+    overlap.compile_all(made)
+    assert [each.found for each in overlap.of(made)] == [{"absent": "FileNotFoundError: nvdisasm is not there"}]
+    assert "FileNotFoundError: nvdisasm is not there" in race.report(made)
+    made = tiled("torch", Config(128, 64, 8, 2))
+    overlap.compile_all(made)
+    assert "compiles no kernel" in next(overlap.of(made)).found["absent"]
+
+
+@pytest.mark.aot
+def test_the_compile_report_of_tiles_that_ran_says_what_is_hidden() -> None:
+    from flash.kernels.spec import Config
+
+    made = tiled("triton", Config(128, 64, 8, 2))
+    overlap.compile_all(made)
+    found = next(overlap.of(made)).found
+    assert 0 <= found["hidden"] <= 1 and 64 < found["registers"] <= 255 and found["spill_bytes"] >= 0
+    assert f"{found['hidden']:.0%}" in race.schedules(made) and "128 64 8 2" in race.schedules(made)
