@@ -6,6 +6,7 @@ comes back leaves the forward's numbers. Children are kept from case to case, wi
 works at a time.
 """
 
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ GRACE = 20.0  # seconds that a job begun before the deadline may take beyond it
 START_TIMEOUT = 120.0
 FAULTS = ("CUDA error", "HIP error", "illegal memory access", "AcceleratorError", "unspecified launch failure")
 KINDS = (("forward",), ("backward", "both"))  # of jobs, by the passes they bring
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY, ROOM = Path("/dev/shm"), 2**32
 
 
 class Apart:
@@ -139,8 +140,9 @@ def attempt(worker: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder() -> "tempfile.TemporaryDirectory[str]":
-    """A folder for the oracle's file, in memory where the system has such a place."""
-    return tempfile.TemporaryDirectory(prefix="bench-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+    """A folder for the oracle's file, in memory where the system has such a place of that size."""
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ROOM
+    return tempfile.TemporaryDirectory(prefix="bench-", dir=SHARED_MEMORY if roomy else None)
 
 
 def serve(job: dict[str, Any]) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def main(path: Path) -> None:
     finish(record)
     record.save(path)
     path.with_suffix(".md").write_text(report(record))
-    for picture in draw(record, path.parent):
+    for picture in draw(record, path.parent, path.stem):
         print(picture)
 
 

@@ -77,17 +77,19 @@ def draw_ratio(record: Record, path: Path) -> Path | None:
     over = {(each["case"], each["pass"]): each["over_best"] for each in race(record) if each["over_best"]}
     if not over:
         return None
-    drawn, panels = figure(1, len(PASSES), 5.2, 4.2)
+    drawn, panels = figure(1, len(PASSES), 5.2, 4.6)
+    handles: dict[str, Artist] = {}
     for axes, what in zip(panels[0], PASSES, strict=True):
         lengths = ratio_lines(axes, record, over, what)
         axes.axhline(1, color="#000000", lw=1, ls="--")
         if lengths:
             seqlen_axis(axes, sorted(lengths))
-            axes.legend(fontsize=7, loc="best")
         axes.set_ylim(0, 1.15 * max([1.0, *(ratio for (_, of), ratio in over.items() if of == what)]))
         axes.set_ylabel("times as fast as the best peer (dashed = 1)")
         axes.set_title(NAMES[what], fontsize=10)
         axes.grid(alpha=0.3)
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=9)
     return finish(drawn, f"{OURS} over the best peer of each case (more is better)", record, path)
 
 
@@ -98,15 +100,15 @@ def ratio_lines(axes: "Axes", record: Record, over: dict[tuple[str, str], float]
         for mask, (title, curve) in zip(MASKS, line, strict=True):
             points = {case.seqlen_k: over[case.name, what] for case in curve if (case.name, what) in over}
             if points:
-                style = "-" if mask == "full" else ":"
+                style = "o-" if mask == "full" else "^:"
                 shown = {"color": SHADES[shade % len(SHADES)], "label": title, "markersize": 4}
-                axes.plot(list(points), list(points.values()), f"o{style}", **shown)
+                axes.plot(list(points), list(points.values()), style, **shown)
                 lengths |= points.keys()
     return lengths
 
 
-def draw(record: Record, out: Path) -> list[Path]:
-    """Writes every picture that the record has numbers for and returns their paths."""
-    drawn = [draw_rates(record, what, out / f"speed-{what}.png") for what in PASSES]
-    drawn.append(draw_ratio(record, out / "speed-ratio.png"))
+def draw(record: Record, out: Path, stem: str = "speed") -> list[Path]:
+    """Writes every picture that the record has numbers for, named after the stem, and returns their paths."""
+    drawn = [draw_rates(record, what, out / f"{stem}-{what}.png") for what in PASSES]
+    drawn.append(draw_ratio(record, out / f"{stem}-ratio.png"))
     return [path for path in drawn if path is not None]

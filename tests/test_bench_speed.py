@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import apart, ceiling, check, overlap, race, race_plot, record, run, trial
+from bench import apart, ceiling, check, measure, overlap, race, race_plot, record, run, trial
 from bench import cases as shapes
 from bench.apart import STOPPED, Apart
 from bench.cases import Case
@@ -54,6 +54,13 @@ def test_other_suites_do_not_time_what_only_the_race_is_about() -> None:
     assert {PLAIN, HOPPER, TUTORIAL} <= set(run.suited("speed"))
     for suite in ("auto", "sweep", "features"):
         assert not {PLAIN, HOPPER, TUTORIAL} & set(run.suited(suite))
+
+
+def test_a_race_in_another_dtype_does_not_overwrite_the_first() -> None:
+    assert run.files_of("speed", "bfloat16", GPU) == run.files_of("speed", "float16", CPU) == ("speed", "speed.md")
+    assert run.files_of("speed", "float16", GPU) == ("speed-float16", "speed-float16.md")
+    assert run.files_of("sweep", "float16", GPU) == ("results", "report.md")
+    assert run.files_of("long", "float16", GPU) == ("long", "long.md")
 
 
 @pytest.mark.parametrize("where", ["a middle head of o", "a middle head of dq", "one NaN of dk"])
@@ -194,6 +201,19 @@ def test_the_ceiling_is_the_best_median_of_a_product() -> None:
     for rate in found["sizes"].values():
         assert rate["low"] <= rate["tflops"] <= rate["high"]
     assert found["clocks"] == {"absent": "the device is cpu"}
+
+
+def test_a_gpu_call_that_outlasts_the_time_has_its_samples_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton exists for Linux alone")
+    asked: list[float] = []
+
+    def do_bench(call: Any, warmup: float, rep: float, return_mode: str) -> list[float]:
+        asked.append(rep)
+        return [80.0] * max(1, int(rep / 80.0))
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    assert measure.latency(lambda: None, GPU, run.GPU_EFFORT).samples >= run.GPU_EFFORT.samples
+    assert asked[0] == 100.0 and len(asked) == 2
 
 
 def test_clocks_are_read_by_name_or_absent_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +391,10 @@ def test_a_compile_report_that_cannot_be_made_says_why(monkeypatch: pytest.Monke
     overlap.compile_all(made)
     assert [each.found for each in overlap.of(made)] == [{"absent": "FileNotFoundError: nvdisasm is not there"}]
     assert "FileNotFoundError: nvdisasm is not there" in race.report(made)
+    monkeypatch.setattr(resources, "KERNELS", ("forward", "hopper_backward"), raising=False)
+    made = tiled("hopper", Config(128, 64, 8, 2))
+    overlap.compile_all(made)
+    assert next(overlap.of(made)).found == {"absent": "the compile report knows no hopper_forward"}
     made = tiled("torch", Config(128, 64, 8, 2))
     overlap.compile_all(made)
     assert "compiles no kernel" in next(overlap.of(made)).found["absent"]
