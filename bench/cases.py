@@ -303,6 +303,7 @@ def speed(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
     The field's sweep as far as 32k, 32 heads that share 8 of keys, and Llama-3-8B; elsewhere than on a GPU a few small
     shapes, to see that it works.
     """
+    grouped: tuple[int, ...]
     shared = "our own choice: the sweep's 16k tokens with Llama 3's 32 heads and 8 of keys"
     if device.type == "cuda" and not quick:
         field = "Dao 2023 (arXiv 2307.08691), section 4.1: 16k tokens, hidden size 2048"

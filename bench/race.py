@@ -112,7 +112,7 @@ def rate(found: dict[str, Any] | None, scale: float) -> str:
     if found is None:
         return ""
     if "tflops" not in found:
-        return SHOUTED.get(found["outcome"], found["outcome"])
+        return SHOUTED.get(found["outcome"], str(found["outcome"]))
     return f"{digits(scale * found['tflops'])} ±{50 * (found['high'] - found['low']) / found['tflops']:.0f}%"
 
 

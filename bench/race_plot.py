@@ -1,7 +1,7 @@
 """The speed suite as pictures: rates beside the ceiling of a matrix product, and ours over the best peer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cases import PASSES, Case
 from bench.peers import OURS
@@ -52,8 +52,8 @@ def draw_rates(record: Record, what: str, path: Path) -> Path | None:
     unit, scale = throughput_unit(record)
     top = ceiling(record)
     handles: dict[str, Artist] = {}
-    for row, line in zip(panels, lines, strict=True):
-        for axes, (title, curve) in zip(row, line, strict=True):
+    for axes_of_line, line in zip(panels, lines, strict=True):
+        for axes, (title, curve) in zip(axes_of_line, line, strict=True):
             if not curve:
                 axes.set_axis_off()
                 continue
@@ -101,7 +101,7 @@ def ratio_lines(axes: "Axes", record: Record, over: dict[tuple[str, str], float]
             points = {case.seqlen_k: over[case.name, what] for case in curve if (case.name, what) in over}
             if points:
                 style = "o-" if mask == "full" else "^:"
-                shown = {"color": SHADES[shade % len(SHADES)], "label": title, "markersize": 4}
+                shown: dict[str, Any] = {"color": SHADES[shade % len(SHADES)], "label": title, "markersize": 4}
                 axes.plot(list(points), list(points.values()), style, **shown)
                 lengths |= points.keys()
     return lengths
