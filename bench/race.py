@@ -214,6 +214,16 @@ def summary(record: Record, found: Sequence[dict[str, Any]]) -> str:
     return f"## {OURS} over the best peer of each case\n\n" + "\n".join(lines) if lines else ""
 
 
+def cost(record: Record) -> str:
+    """Where the time of the run went, checks and compiling included, so that the next one can be planned."""
+    seconds: dict[str, list[float]] = {}
+    for spent in record.speed.get("seconds", {}).values():
+        for peer, took in spent.items():
+            seconds.setdefault(peer, []).append(took)
+    told = [f"{peer} {sum(took):.0f} s in {len(took)} cases" for peer, took in seconds.items() if sum(took) >= 1]
+    return f"Time spent, compiling and checks included: {', '.join(told)}." if told else ""
+
+
 def figures(record: Record) -> list[Figure]:
     """The figures to reach on a GPU, as far as the run measured them; none on a CPU."""
     if record.machine["device"] != "cuda":
@@ -240,7 +250,7 @@ def report(record: Record) -> str:
     found = race(record)
     parts = [environment(record), ceilings(record)]
     parts += [part for what in PASSES for part in (rates(record, found, what), ratios(record, found, what))]
-    parts += [schedules(record), reasons(record), summary(record, found), figure_table(figures(record))]
+    parts += [schedules(record), reasons(record), cost(record), summary(record, found), figure_table(figures(record))]
     if record.machine["device"] != "cuda":
         parts.append("No GPU speed is measured here: a CPU says that the suite works, and nothing of the kernels.")
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -235,10 +236,17 @@ def race_all(
             apart.recall(record)
             apart.begin(peer.name for peer in peers if not all(peer.absent(case, settings.device) for case in cases))
             measured = apart.measure
+
+        def timed(case: Case, peer: Peer, *rest: Any) -> list[Row]:
+            start = time.monotonic()
+            rows = measured(case, peer, *rest)
+            record.speed["seconds"].setdefault(case.name, {})[peer.name] = round(time.monotonic() - start, 2)
+            return rows
+
         dtype = args.dtype if settings.device.type == "cuda" else "float32"
         record.speed.setdefault("ceilings", []).append(ceiling(settings.device, dtype))
-        record.speed.setdefault("clocks", {})
-        record.speed.setdefault("tiles", {})
+        for name in ("clocks", "tiles", "seconds"):
+            record.speed.setdefault(name, {})
 
         def finished(case: Case) -> None:
             if time.monotonic() <= settings.deadline or case.name not in record.speed["tiles"]:
@@ -249,7 +257,7 @@ def race_all(
                     step(f"{case.name}: no tiles are told: {error}")
             record.save(path)
 
-        time_all(record, cases, peers, settings, step, finished, measured)
+        time_all(record, cases, peers, settings, step, finished, timed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

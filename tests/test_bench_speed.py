@@ -312,12 +312,16 @@ def test_the_report_says_what_was_reached_and_what_was_not() -> None:
     assert "No GPU speed is measured" not in text
 
 
-def test_the_pictures_show_what_has_no_number(tmp_path: Path) -> None:
+def test_a_race_is_written_and_drawn_again_from_its_file_with_what_has_no_number(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the bench extra")
-    made = made_up(lengths=(8192, 16384))
-    assert {path.name for path in race_plot.draw(made, tmp_path)} == {
-        "speed-forward.png", "speed-backward.png", "speed-both.png", "speed-ratio.png"
-    }  # fmt: skip
+    made, path = made_up(lengths=(8192, 16384)), tmp_path / "speed-float16.json"
+    made.save(path)
+    race.main(path)
+    again = record.load(path)
+    assert again.speed == made.speed | {"race": race.race(made)} and again.rows == made.rows
+    assert path.with_suffix(".md").read_text() == race.report(made)
+    names = {f"speed-float16-{what}.png" for what in (*shapes.PASSES, "ratio")}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     _, panels = race_plot.figure(1, 1, 4, 3)
     race_plot.bars(panels[0][0], made, [made.cases["d128 full 16384"]], ["sdpa-math", OURS], "forward")
@@ -353,6 +357,7 @@ def test_the_suite_runs_from_command_line_to_pictures_and_goes_on_where_it_stopp
             assert rows[name, "sdpa-flash", what]["outcome"] == "skipped"
     assert len(content["speed"]["ceilings"]) == 2
     assert set(content["speed"]["tiles"]) == set(names)
+    assert content["speed"]["seconds"][names[0]][OURS] > 0
     each = next(each for each in content["speed"]["race"] if each["case"] == names[0] and each["pass"] == "both")
     assert each["best_peer"] == "sdpa-math" and each["over_best"] == each["over_each"]["sdpa-math"] > 0
     told = capsys.readouterr().out
