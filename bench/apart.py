@@ -84,10 +84,15 @@ class Apart:
         if reason := peer.absent(case, settings.device):
             return [Row(case.name, peer.name, what, "absent", reason) for what in wanted]
         rows: list[Row] = []
-        for kind in KINDS:
+        for kind in KINDS:  # the forward first: nothing else comes back where it does not
             passes = [what for what in kind if what in wanted]
             blank = [Row(case.name, peer.name, what) for what in passes]
             if not blank:
+                continue
+            if any(row.reason.startswith(STOPPED) for row in rows):
+                rows += [
+                    replace(row, outcome="error", reason="not tried: its forward had to be stopped") for row in blank
+                ]
                 continue
             if self.stops[peer.name, kind[0]] >= CHANCES:
                 reason = f"passed over: it had to be stopped {self.stops[peer.name, kind[0]]} times before"

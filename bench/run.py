@@ -44,7 +44,7 @@ CPU_LIMIT, CPU_PATIENCE = 225.0, 0.5
 MEMORY_SHARE = 0.3  # of the time limit, so that a busy machine still times something
 FEATURE_SUITES = ("features", "long")  # each with files of its own, few peers, and patience for all of them
 SPEED = "speed"
-SPEED_LIMIT, SPEED_PATIENCE = 500.0, 90.0  # of a call that may take ten minutes; of one peer's job, compiling included
+SPEED_LIMIT, SPEED_PATIENCE = 500.0, 60.0  # of a call that may take ten minutes; of one peer's job, compiling included
 
 Progress = Callable[[str], None]
 
@@ -249,12 +249,14 @@ def race_all(
             record.speed.setdefault(name, {})
 
         def finished(case: Case) -> None:
-            if time.monotonic() <= settings.deadline or case.name not in record.speed["tiles"]:
+            try:
+                tiles = tiles_of(record, case, settings.device)
+            except Exception as error:  # the timings stand without it
+                tiles = {}
+                step(f"{case.name}: its tiles are not told: {error}")
+            if tiles and (time.monotonic() <= settings.deadline or case.name not in record.speed["tiles"]):
                 record.speed["clocks"][case.name] = clocks(settings.device)
-                try:
-                    record.speed["tiles"][case.name] = tiles_of(record, case, settings.device)
-                except Exception as error:  # the timings stand without it
-                    step(f"{case.name}: no tiles are told: {error}")
+                record.speed["tiles"][case.name] = tiles
             record.save(path)
 
         time_all(record, cases, peers, settings, step, finished, timed)

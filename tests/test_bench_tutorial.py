@@ -84,3 +84,17 @@ def test_the_tutorial_compiles_for_the_gpu_it_is_timed_on(head_dim: int) -> None
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     backward = compiled(tutorial.backward_kernel, types, constants, **options)
     assert backward.metadata.shared <= 227 * 1024
+
+
+@pytest.mark.interpret(gpu=False)
+def test_the_configuration_that_wins_shapes_the_descriptors(
+    place: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    one = triton.Config({"BLOCK_M": 64, "BLOCK_N": 32}, pre_hook=tutorial.shape_descriptors)
+    tuned = triton.autotune(configs=[one], key=["seqlen", "HEAD_DIM", "CAUSAL"])(tutorial.forward_kernel)
+    monkeypatch.setattr(tutorial, "tuned_forward_kernel", tuned)
+    x = inputs(place, SHAPES[0], True)
+    o = tutorial.attention(x.q, x.k, x.v, causal=True)
+    assert torch.equal(o, tutorial.attention(x.q, x.k, x.v, causal=True, tiles=SMALL._replace(forward=(64, 32))))
