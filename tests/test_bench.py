@@ -22,7 +22,7 @@ from bench.record import Record, Row
 CPU = torch.device("cpu")
 TINY = Case("tiny", "made up", 2, 4, 2, 17, 37, 8, 24, True, "float32", "sweep")
 FAST = run.Settings(CPU, threads=1, effort=Effort(0.0, 0.001, 3))
-NAMES = ("cpu", "quick", "sweep", "models", "all", "auto", "features", "long")
+NAMES = ("cpu", "quick", "sweep", "models", "all", "auto", "features", "long", "speed")
 SUITES = [(name, device) for name in NAMES for device in ("cpu", "cuda")]
 
 
