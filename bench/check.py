@@ -4,6 +4,8 @@
 
 `standard` is standard attention in the case's own dtype on the same numbers. The second term keeps the bound above zero
 where standard attention happens to be exact. A long case is compared on its first and last key head, at full length.
+So is every case of the speed suite with more heads than two; there o and dq of some queries are compared in every head,
+and no head may hold a NaN or an infinity: memory is full of NaN before a GPU's calls are checked.
 
 Dropout: ours is compared with the oracle under the weights that Philox keeps. Others draw as they like: of their o the
 mean and the variance are compared with the oracle's own, and their gradients with nothing.
@@ -28,6 +30,8 @@ SCORES_CHECKED_WHOLE = {"cpu": 2**24, "cuda": 2**31}  # above it, two key heads:
 SCORES_AT_ONCE = 2**25  # float64 numbers in one matrix of the oracle
 STANDARD_AT_ONCE = 2**29  # numbers in one matrix of standard attention
 NARROW, NARROW_ROWS = 4, 1024  # where rows see a fourth of the keys at most, pieces of so many are cut to what they see
+SAMPLED = 8  # queries of every head
+SAMPLE_SEED = 0
 DROPOUT_SEED = 1
 DRAWN_TOLERANCE = 3.0  # over the square root of the queries of a part: how far mean and variance may wander
 
@@ -59,6 +63,15 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The oracle for some queries of every head."""
+
+    rows: Tensor  # int64, the queries
+    expected: dict[str, Tensor]  # "o" and "dq" -> float64 [batch, heads, rows, ..]
+    bounds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a case's results are held to, and a sentence saying how much of them.
 
@@ -66,11 +79,13 @@ class Expected:
         slices: parts of what has heads.
         extent: the sentence.
         whole: gradients of operands that heads share: (float64, bound) by name.
+        sample: queries of every head, where slices are not all heads and the speed suite asks for it.
     """
 
     slices: list[Slice]
     extent: str
     whole: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -250,13 +265,41 @@ def standard(case: Case, part: Part, tensors: tuple[Tensor, ...], backward: bool
     return dict(zip(names(case), (torch.cat(outputs, 2), *(totals if backward else ())), strict=False))
 
 
-def expect(case: Case, *tensors: Tensor, backward: bool = True) -> Expected:
+def sampled(case: Case, tensors: tuple[Tensor, ...], backward: bool = True) -> Sample:
+    """The oracle and standard attention for a few queries of every head at once: each meets all of its keys."""
+    from flash.reference import attention
+
+    q, k, v, do = (x.detach() for x in tensors)
+    generator = torch.Generator().manual_seed(SAMPLE_SEED)
+    drawn = torch.randperm(case.seqlen_q, generator=generator)[:SAMPLED]
+    drawn[:1], drawn[-1:] = 0, case.seqlen_q - 1
+    rows = drawn.unique()
+    found = reach(case)
+    assert found is not None
+    begin, end = (x[rows][:, None] for x in found)
+    j = torch.arange(case.seqlen_k)
+    seen, rows = ((j >= begin) & (j < end)).to(q.device), rows.to(q.device)
+    results = []
+    for exact in (True, False):
+        wide = torch.float64 if exact else q.dtype
+        some, keys, values, grad = q[:, :, rows].to(wide), k.to(wide), v.to(wide), do[:, :, rows].to(wide)
+        some.requires_grad_(backward)
+        o = attention(some, keys, values, mask=seen) if exact else standard_attention(some, keys, values, ~seen)
+        results.append({"o": o.detach()} | ({"dq": torch.autograd.grad(o, some, grad)[0]} if backward else {}))
+    expected, own = results
+    floor = FLOOR * max(float(x.abs().max()) for x in (q, k, v, do))
+    bounds = {name: 2 * float((own[name].double() - x).abs().max()) + floor for name, x in expected.items()}
+    return Sample(rows, expected, bounds)
+
+
+def expect(case: Case, *tensors: Tensor, backward: bool = True, few: bool = False) -> Expected:
     """Runs the oracle and standard attention once; every peer is compared with the result.
 
     Args:
         case: what the tensors are of.
         tensors: as bench.cases.inputs makes them.
         backward: whether gradients are compared as well.
+        few: whether two key heads and a few queries of every head are enough, however short the case.
     """
     device = tensors[0].device
     scores = case.batch * case.heads * case.seqlen_q * case.seqlen_k
@@ -265,9 +308,13 @@ def expect(case: Case, *tensors: Tensor, backward: bool = True) -> Expected:
     shared = (
         names(case)[len(NAMES) :] if backward else ()
     )  # the gradients of what heads share are sums over all of them
-    if scores > SCORES_CHECKED_WHOLE[device.type] and len(parts) > 2 and not shared:
+    sample = None
+    if (few or scores > SCORES_CHECKED_WHOLE[device.type]) and len(parts) > 2 and not shared:
         parts = [parts[0], parts[-1]]
         extent = "the first key head of the first sequence and the last of the last, at full length"
+        if few and not case.feature:
+            sample = sampled(case, tensors, backward)
+            extent += f"; o and dq of {len(sample.rows)} queries of every head; nothing anywhere NaN or infinite"
     drawn = bool(case.traits.dropout_p)
     slices = []
     sums = {name: [torch.zeros_like(tensors[3], dtype=torch.float64) for _ in range(2)] for name in shared}
@@ -289,7 +336,7 @@ def expect(case: Case, *tensors: Tensor, backward: bool = True) -> Expected:
     for name, (expected_sum, own_sum) in sums.items():
         floor = FLOOR * max(float(x.detach().abs().max()) for x in (*tensors, expected_sum))
         whole[name] = (expected_sum, 2 * float((own_sum - expected_sum).abs().max()) + floor)
-    return Expected(slices, extent, whole)
+    return Expected(slices, extent, whole, sample)
 
 
 def compare(case: Case, expected: Expected, results: dict[str, Tensor], peer: str = OURS) -> Verdict:
@@ -303,7 +350,22 @@ def compare(case: Case, expected: Expected, results: dict[str, Tensor], peer: st
             continue
         for part in expected.slices:
             found.append((name, pick(case, x.detach(), part.part), part.expected[name], part.bounds[name]))
+        if expected.sample is None:
+            continue
+        if name in expected.sample.expected:
+            some = x.detach()[:, :, expected.sample.rows]
+            found.append((name, some, expected.sample.expected[name], expected.sample.bounds[name]))
+        if not bool(x.isfinite().all()):
+            nothing = torch.zeros((), dtype=torch.float64)
+            found.append((name, nothing / 0, nothing, 0.0))
     return judge(found)
+
+
+def poison(tensors: tuple[Tensor, ...]) -> None:
+    """Leave NaN in the memory that a GPU's allocator gives out next, so that what a kernel does not write shows."""
+    if tensors[0].device.type == "cuda":
+        held = [torch.full_like(x, float("nan")) for x in tensors for _ in range(2)]
+        del held
 
 
 def compare_draws(case: Case, expected: Expected, o: Tensor) -> Verdict:

@@ -24,8 +24,10 @@ Attention = Callable[..., torch.Tensor]  # of q, k, v and the feature's operand
 
 STANDARD = "standard"
 OURS = "flash"
+PLAIN, HOPPER = "flash-triton", "flash-hopper"  # ours by one backend: what "flash" chooses between
 SDPA = "sdpa"
 FLEX = "flex"
+TUTORIAL = "tutorial"
 
 
 @dataclass(frozen=True)
@@ -243,30 +245,90 @@ def our_packed(case: Case, device: torch.device) -> Attention:
     return attention
 
 
-@contextmanager
-def ours(case: Case, device: torch.device) -> Iterator[Attention]:
+def ours(backend: str = "auto") -> Callable[[Case, torch.device], AbstractContextManager[Attention]]:
     """flash.attention.flash_attention with nothing but causal and the feature chosen, as a user calls it."""
-    from flash.attention import flash_attention
 
-    if case.traits.packed:
-        yield our_packed(case, device)
-        return
-    keywords, name = our_keywords(case, device), case.traits.operand
+    @contextmanager
+    def prepare(case: Case, device: torch.device) -> Iterator[Attention]:
+        from flash.attention import flash_attention
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
-        given: dict[str, Any] = {name: operand[0]} if operand else {}
-        o = flash_attention(q, k, v, causal=case.causal, **keywords, **given)
-        assert isinstance(o, torch.Tensor)
-        return o
+        if case.traits.packed:
+            yield our_packed(case, device)
+            return
+        keywords, name = our_keywords(case, device), case.traits.operand
 
-    yield attention
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operand: torch.Tensor) -> torch.Tensor:
+            given: dict[str, Any] = {name: operand[0]} if operand else {}
+            o = flash_attention(q, k, v, causal=case.causal, backend=backend, **keywords, **given)
+            assert isinstance(o, torch.Tensor)
+            return o
+
+        yield attention
+
+    return prepare
+
+
+def our_info(case: Case, device: torch.device, backend: str) -> dict[str, Any]:
+    """flash.info of a case's call: the backend that would run, and with which tiles.
+
+    Raises:
+        NotImplementedError: the backend does not serve it.
+    """
+    from flash.dispatch import info
+
+    dtype = getattr(torch, case.dtype)
+    q = torch.empty(case.batch, case.heads, case.seqlen_q, case.head_dim, dtype=dtype, device=device)
+    k = torch.empty(case.batch, case.heads_k, case.seqlen_k, case.head_dim, dtype=dtype, device=device)
+    v = torch.empty(case.batch, case.heads_k, case.seqlen_k, case.head_dim_v, dtype=dtype, device=device)
+    return info(q, k, v, causal=case.causal, backend=backend)
+
+
+def our_backend_absent(backend: str) -> Callable[[Case, torch.device], str | None]:
+    """The reason that flash itself gives where a backend asked for by name does not serve a case."""
+
+    def absent(case: Case, device: torch.device) -> str | None:
+        if case.feature:
+            return f"backend {backend!r} is timed without features alone"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "there is no GPU to ask"
+        try:
+            our_info(case, device, backend)
+        except NotImplementedError as error:
+            return str(error).split("; use ")[0]
+        return None
+
+    return absent
+
+
+def tutorial_absent(case: Case, device: torch.device) -> str | None:
+    """The reason of shapes, devices and features that the tutorial's kernels do not have."""
+    if device.type != "cuda":
+        return f"the tutorial's kernels are for GPUs; the device is {device.type}"
+    if case.feature:
+        return "the tutorial is timed without features alone"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from bench.tutorial import refusal
+
+    return refusal(case.heads, case.heads_k, case.seqlen_q, case.seqlen_k, case.head_dim, case.head_dim_v)
+
+
+@contextmanager
+def tutorial(case: Case, device: torch.device) -> Iterator[Attention]:
+    """bench.tutorial.attention."""
+    from bench.tutorial import attention
+
+    yield partial(attention, causal=case.causal)
 
 
 PEERS = {
     peer.name: peer
     for peer in (
         Peer(STANDARD, "softmax(q k^T) v with the scores in memory, differentiated by autograd", never, standard),
-        Peer(OURS, "flash.attention.flash_attention", never, ours),
+        Peer(OURS, "flash.attention.flash_attention", never, ours()),
+        Peer(PLAIN, "the same, backend='triton'", our_backend_absent("triton"), ours("triton")),
+        Peer(HOPPER, "the same, backend='hopper'", our_backend_absent("hopper"), ours("hopper")),
+        Peer(TUTORIAL, "Triton's tutorial 06, written anew in bench/tutorial.py", tutorial_absent, tutorial),
         Peer(SDPA, "torch SDPA, its own choice of backend", sdpa_absent, sdpa(None)),
         Peer("sdpa-flash", "torch SDPA, FLASH_ATTENTION", sdpa_absent, sdpa("FLASH_ATTENTION")),
         Peer("sdpa-efficient", "torch SDPA, EFFICIENT_ATTENTION", cuda_sdpa_absent, sdpa("EFFICIENT_ATTENTION")),
@@ -283,6 +345,8 @@ PEERS = {
 
 
 FEATURE_PEERS = (STANDARD, OURS, SDPA, FLEX)  # of the suites of features; the others time SDPA backend by backend
+RACE_ONLY = (PLAIN, HOPPER, TUTORIAL)  # timed by the speed suite alone
+OURS_ALL = (OURS, PLAIN, HOPPER)
 
 
 def refusal(error: BaseException) -> str | None:
@@ -292,4 +356,8 @@ def refusal(error: BaseException) -> str | None:
     refused = "No available kernel" in text or "No viable backend" in text
     if "FlexAttention does not support backward on CPU" in text:
         return "compiled FlexAttention has no backward on a CPU"
+    if type(error) is NotImplementedError and text.startswith(
+        "backend "
+    ):  # a pass that a backend of ours does not have
+        return text.split("; use ")[0]
     return "this SDPA backend does not take the shape" if refused else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import record as records
 from bench.cases import PASSES, Case
-from bench.peers import OURS, PEERS, SDPA, STANDARD
+from bench.peers import HOPPER, OURS, PEERS, PLAIN, SDPA, STANDARD, TUTORIAL
 from bench.record import Record
 from bench.report import (
     MILLION,
@@ -38,7 +38,7 @@ COLOURS = {
     STANDARD: "#000000", OURS: "#D55E00", SDPA: "#0072B2", "sdpa-flash": "#0072B2",
     "sdpa-efficient": "#56B4E9", "sdpa-cudnn": "#009E73",
     "sdpa-math": "#999999", "flex": "#CC79A7", "flash-attn-2": "#F0E442", "flash-attn-3": "#E69F00",
-    "flash-attn-4": "#7A4B1F",
+    "flash-attn-4": "#7A4B1F", PLAIN: "#F4A582", HOPPER: "#8B0000", TUTORIAL: "#6A3D9A",
 }  # fmt: skip
 DPI = 130
 MARKS = {"oom": "OOM", "wrong": "WRONG", "error": "ERROR"}

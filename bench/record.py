@@ -73,6 +73,7 @@ class Record:
     cases: dict[str, Case]
     checked: dict[str, str]  # case -> how much of it was compared with the oracle
     rows: dict[tuple[str, str, str], Row]
+    speed: dict[str, Any] = field(default_factory=dict)  # of the speed suite: ceilings, clocks, tiles, seconds, race
 
     def row(self, case: str, peer: str, what: str) -> Row | None:
         """The row of a case, a peer and a pass, if there is one."""
@@ -92,6 +93,8 @@ class Record:
         """Writes JSON, whole or not at all."""
         content = asdict(self) | {"cases": [asdict(case) for case in self.cases.values()]}
         content["rows"] = [asdict(row) for row in self.rows.values()]
+        if not self.speed:
+            del content["speed"]
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(path)
@@ -103,7 +106,9 @@ def load(path: Path) -> Record:
     rows = [Row(**row | {"latency": row["latency"] and Latency(**row["latency"])}) for row in content["rows"]]
     cases = {case["name"]: Case(**case) for case in content["cases"]}
     rows_by_key = {row.key: row for row in rows}
-    return Record(content["machine"], content["settings"], cases, content["checked"], rows_by_key)
+    return Record(
+        content["machine"], content["settings"], cases, content["checked"], rows_by_key, content.get("speed", {})
+    )
 
 
 def compare_peers(record: Record) -> None:

@@ -325,7 +325,11 @@ def figures(record: Record) -> list[Figure]:
 
 def figure_lines(record: Record) -> str:
     """The figures as a table."""
-    found = figures(record)
+    return figure_table(figures(record))
+
+
+def figure_table(found: Sequence[Figure]) -> str:
+    """Figures with their targets."""
     if not found:
         return ""
     lines = []
@@ -348,7 +352,8 @@ def environment(record: Record) -> str:
     lines.append("- versions: " + ", ".join(installed))
     effort = settings["effort"]
     lines.append(f"- seed {settings['seed']}; {settings['timer']}, {effort} (seconds); {settings['statistics']}")
-    lines.append(f"- peak memory: {settings['memory']}, above inputs, output and gradients")
+    if settings["memory"]:
+        lines.append(f"- peak memory: {settings['memory']}, above inputs, output and gradients")
     lines.append("- every timed result was first held to the float64 oracle: o and every gradient that is timed")
     extents: dict[str, list[str]] = {}
     for name, extent in record.checked.items():

@@ -4,9 +4,13 @@
     python -m bench.run --suite sweep --cases d128 --peers standard flash sdpa-cudnn
     python -m bench.run --suite features   # what a mask, a bias, dropout .. cost: features.json, .md and .png
     python -m bench.run --suite long       # windows and documents in long sequences: long.json, .md, long-context.png
+    python -m bench.run --suite speed      # side by side with the best there is: speed.json, .md, speed-*.png
 
 Nothing is timed before its result matched the float64 oracle (bench/check.py). Every combination of case, peer and pass
 leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, with the reason.
+
+The speed suite on a GPU has peers in processes of their own (bench/apart.py) and ends by itself within ten minutes;
+what it did not come to is skipped, and --resume goes on there.
 """
 
 import argparse
@@ -14,158 +18,35 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import cases as shapes
 from bench import measure as meter
 from bench import record as records
+from bench.apart import Apart, folder
 from bench.cases import Case, passes_of
-from bench.check import DROPOUT_SEED, Expected, compare, expect, names
-from bench.measure import Effort, OutOfMemory, out_of_memory
-from bench.peers import FEATURE_PEERS, OURS, PEERS, SDPA, STANDARD, Peer, refusal
+from bench.check import Expected, expect
+from bench.measure import Effort, OutOfMemory
+from bench.peers import FEATURE_PEERS, OURS, OURS_ALL, PEERS, RACE_ONLY, SDPA, STANDARD, Peer
 from bench.record import Record, Row
+from bench.trial import CPU_EFFORT, LATE, MEMORY_PASSES, Settings, measure, too_long
 
 RESULTS = Path(__file__).parent / "results"
-MEMORY_PASSES = ("forward", "both")
 MATRICES = {"forward": 2, "both": 3}  # of scores, that standard attention holds at once
-SCORES_BYTES_LIMIT = 2**30  # on a CPU: above it standard attention alone would take most of the time there is
-CPU_EFFORT, GPU_EFFORT, QUICK_EFFORT = Effort(0.0, 0.06, 5), Effort(0.025, 0.1, 5), Effort(0.0, 0.01, 3)
+GPU_EFFORT, QUICK_EFFORT = Effort(0.025, 0.1, 5), Effort(0.0, 0.01, 3)
 LONG_EFFORT = Effort(0.0, 0.12, 3)
 CPU_LIMIT, CPU_PATIENCE = 225.0, 0.5
 MEMORY_SHARE = 0.3  # of the time limit, so that a busy machine still times something
 FEATURE_SUITES = ("features", "long")  # each with files of its own, few peers, and patience for all of them
-
-LATE = "the time limit was over"
+SPEED = "speed"
+SPEED_LIMIT, SPEED_PATIENCE = 500.0, 60.0  # of a call that may take ten minutes; of one peer's job, compiling included
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is made.
-
-    Args:
-        device: "cpu" or "cuda".
-        seed: of the operands.
-        threads: of a CPU.
-        effort: how long a latency is measured.
-        memory: whether peak memory is measured.
-        patience: seconds; a peer whose check takes longer is not timed, standard and ours excepted.
-        deadline: of time.monotonic(); what is not begun by then is skipped, and says so.
-        memory_deadline: likewise, for peak memory on a CPU.
-    """
-
-    device: torch.device
-    seed: int = 0
-    threads: int = 2
-    effort: Effort = CPU_EFFORT
-    memory: bool = True
-    patience: float = float("inf")
-    deadline: float = float("inf")
-    memory_deadline: float = float("inf")
-
-
-def failure(row: Row, error: BaseException) -> Row:
-    """The row of a call that raised."""
-    if out_of_memory(error):
-        return replace(row, outcome="oom", reason=str(error).splitlines()[0] if str(error) else "out of memory")
-    if reason := refusal(error):
-        return replace(row, outcome="absent", reason=reason)
-    return replace(row, outcome="error", reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-
-
-def gate(case: Case, row: Row, call: Callable[[], tuple[torch.Tensor, ...]], expected: Expected) -> Row:
-    """The row with its errors; its outcome is "ok" where every result is within its bound."""
-    try:
-        torch.manual_seed(DROPOUT_SEED)
-        results = call()
-        verdict = compare(case, expected, dict(zip(names(case), results, strict=False)), row.peer)
-    except Exception as error:  # whatever a peer raises is its result, and is written down
-        return failure(row, error)
-    row = replace(row, errors=verdict.errors, bounds=verdict.bounds)
-    if verdict.ok:
-        return replace(row, outcome="ok")
-    worst = ", ".join(
-        f"{name} {error:.1e} > {verdict.bounds[name]:.1e}"
-        for name, error in verdict.errors.items()
-        if not error <= verdict.bounds[name]
-    )
-    return replace(row, outcome="wrong", reason=f"error above its bound: {worst}")
-
-
-def weigh(row: Row, call: Callable[[], tuple[torch.Tensor, ...]], masks: int) -> Row:
-    """The row with its peak memory on a GPU, `masks` bytes that were made before included."""
-    try:
-        return replace(row, peak_bytes=meter.gpu_peak(call) + masks, peak_outcome="ok")
-    except Exception as error:
-        failed = failure(row, error)
-        return replace(row, peak_outcome=failed.outcome, peak_reason=failed.reason)
-
-
-def measure(
-    case: Case, peer: Peer, tensors: tuple[torch.Tensor, ...], expected: Expected, settings: Settings
-) -> list[Row]:
-    """Checks a peer on a case, then times what was right: one row a pass."""
-    blank = {what: Row(case.name, peer.name, what) for what in passes_of(case, settings.device)}
-    if reason := peer.absent(case, settings.device):
-        return [replace(row, outcome="absent", reason=reason) for row in blank.values()]
-    if time.monotonic() > settings.deadline:
-        return [replace(row, outcome="skipped", reason=LATE) for row in blank.values()]
-    if settings.device.type == "cpu" and case.series == "long" and (reason := too_long(case, peer.name)):
-        return [replace(row, outcome="skipped", reason=reason) for row in blank.values()]
-    before = allocated(settings.device)
-    try:
-        with peer.prepare(case, settings.device) as attention:
-            calls = meter.passes(attention, *tensors)
-            start = time.monotonic()
-            checked = {what: gate(case, blank[what], calls[what], expected) for what in MEMORY_PASSES if what in blank}
-            took = time.monotonic() - start
-            if "backward" in blank:
-                checked["backward"] = replace(checked["both"], what="backward")
-            rows = [checked[what] for what in blank]
-            if took > settings.patience and peer.name not in (STANDARD, OURS):
-                reason = f"one forward and one backward took {took:.1f} s, more than {settings.patience:g} s"
-                return [replace(row, outcome="skipped", reason=reason) if row.outcome == "ok" else row for row in rows]
-            masks = allocated(settings.device) - before
-            return [timed(case, row, calls[row.what], settings, masks) for row in rows]
-    except Exception as error:  # prepare itself may fail: to import, to compile, to allocate
-        return [failure(row, error) for row in blank.values()]
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes of tensors on a GPU; 0 on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def too_long(case: Case, peer: str) -> str:
-    """Why standard attention is not run on a CPU; "" where it is."""
-    scores = shapes.score_bytes(case)
-    if peer != STANDARD or scores <= SCORES_BYTES_LIMIT:
-        return ""
-    return f"a matrix of scores takes {scores / 1e9:.1f} GB, and too much of the time there is"
-
-
-def timed(
-    case: Case, row: Row, call: Callable[[], tuple[torch.Tensor, ...]], settings: Settings, masks: int = 0
-) -> Row:
-    """The row with its latency, if it passed the gate, and on a GPU its peak memory."""
-    if settings.device.type == "cuda" and settings.memory and row.what in MEMORY_PASSES:
-        if row.outcome == "oom":
-            row = replace(row, peak_outcome="oom", peak_reason=row.reason)
-        elif row.outcome == "ok":
-            row = weigh(row, call, masks)
-    if row.outcome != "ok":
-        return row
-    if time.monotonic() > settings.deadline:
-        return replace(row, outcome="skipped", reason=LATE)
-    try:
-        found = meter.latency(call, settings.device, settings.effort)
-    except Exception as error:
-        return failure(row, error)
-    return replace(row, latency=found, tflops=shapes.flops(case, row.what) / found.median / 1e9)
 
 
 def weigh_in_child(case: Case, peer: str, what: str, settings: Settings) -> Row:
@@ -213,9 +94,9 @@ def weigh_all(record: Record, cases: Sequence[Case], peers: Sequence[str], setti
 
 def time_all(
     record: Record, cases: Sequence[Case], peers: Sequence[Peer], settings: Settings, step: Progress,
-    finished: Callable[[], None],
+    finished: Callable[[Case], None], measured: Callable[..., list[Row]] = measure,
 ) -> None:  # fmt: skip
-    """Every peer on every case; finished() is called after each case. Rows that have a timing already are kept."""
+    """Every peer on every case; finished(case) is called after each. Rows that have a timing already are kept."""
     for case in cases:
         record.cases.setdefault(case.name, case)
         missing = [peer for peer in peers if not done(record, case, peer, settings.device)]
@@ -224,12 +105,12 @@ def time_all(
         tensors = shapes.inputs(case, settings.device, settings.seed)
         expected = Expected([], "")  # not looked at when the deadline is over
         if time.monotonic() <= settings.deadline:
-            expected = expect(case, *tensors, backward="both" in passes_of(case, settings.device))
+            expected = expect(case, *tensors, backward="both" in passes_of(case, settings.device), few=settings.few)
             record.checked[case.name] = expected.extent
         for peer in missing:
-            record.add(measure(case, peer, tensors, expected, settings))
+            record.add(measured(case, peer, tensors, expected, settings))
             step(f"{case.name}, {peer.name}")
-        finished()
+        finished(case)
 
 
 def done(record: Record, case: Case, peer: Peer, device: torch.device) -> bool:
@@ -242,7 +123,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").splitlines()[0])
     option = parser.add_argument
-    option("--suite", default="auto", help="auto, cpu, sweep, models, all, quick, features or long (default: auto)")
+    suites = "auto, cpu, sweep, models, all, quick, features, long or speed (default: auto)"
+    option("--suite", default="auto", help=suites)
     option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
     option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
     option("--peers", nargs="*", default=[], choices=list(PEERS), help="only these (default: all that suit)")
@@ -251,21 +133,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
     option("--seed", type=int, default=0, help="of the operands (default: 0)")
     option("--threads", type=int, default=min(2, torch.get_num_threads()), help="of a CPU (default: 2)")
-    option("--limit", type=float, help=f"seconds after which nothing is begun (default: {CPU_LIMIT:g} on a CPU)")
-    option("--patience", type=float, help=f"of a peer's check, in seconds (default: {CPU_PATIENCE:g} on a CPU)")
+    limits = f"{CPU_LIMIT:g} on a CPU, {SPEED_LIMIT:g} for the speed suite on a GPU"
+    option("--limit", type=float, help=f"seconds after which nothing is begun (default: {limits})")
+    patience = f"{CPU_PATIENCE:g} on a CPU; of its whole job where peers are apart, {SPEED_PATIENCE:g}"
+    option("--patience", type=float, help=f"of a peer's check, in seconds (default: {patience})")
+    option("--apart", action=argparse.BooleanOptionalAction,
+           help="peers in processes of their own, of the speed suite (default: on a GPU)")  # fmt: skip
     option("--no-memory", action="store_true", help="do not measure peak memory")
-    option("--resume", action="store_true", help="keep the rows that the folder's results.json has")
+    option("--resume", action="store_true", help="keep the rows that the folder's results.json, or the suite's, has")
+    option("--again", nargs="*", default=[], choices=list(PEERS), help="with --resume: measure these peers anew")
     return parser.parse_args(argv)
 
 
 def suite_of(args: argparse.Namespace) -> str:
-    """The suite's name; --quick makes a feature suite small, and stands for "quick" with any other."""
-    return "quick" if args.quick and args.suite not in FEATURE_SUITES else str(args.suite)
+    """The suite's name; --quick makes a suite with files of its own small, and stands for "quick" with any other."""
+    return "quick" if args.quick and args.suite not in (*FEATURE_SUITES, SPEED) else str(args.suite)
 
 
 def weighed_cases(args: argparse.Namespace, settings: Settings, wanted: Sequence[Case]) -> list[Case]:
     """The cases whose peak memory is measured apart, on a CPU: the suite's curve, or long sequences, longest first."""
-    if not settings.memory or settings.device.type == "cuda" or suite_of(args) == "features":
+    if not settings.memory or settings.device.type == "cuda" or suite_of(args) in ("features", SPEED):
         return []
     if suite_of(args) == "long":
         return list(reversed(wanted))
@@ -278,14 +165,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cpu = device.type == "cpu"
     never = float("inf")
-    limit = args.limit if args.limit is not None else (CPU_LIMIT if cpu else never)
-    patient = not cpu or args.suite in FEATURE_SUITES
+    speed = args.suite == SPEED
+    limit = args.limit if args.limit is not None else CPU_LIMIT if cpu else SPEED_LIMIT if speed else never
+    patient = not cpu or args.suite in (*FEATURE_SUITES, SPEED)
     patience = args.patience if args.patience is not None else (never if patient else CPU_PATIENCE)
     effort = CPU_EFFORT if cpu else GPU_EFFORT
     effort = QUICK_EFFORT if args.quick else LONG_EFFORT if cpu and args.suite == "long" else effort
     now = time.monotonic()
+    memory = not args.no_memory and not speed
     return Settings(
-        device, args.seed, args.threads, effort, not args.no_memory, patience, now + limit, now + MEMORY_SHARE * limit
+        device, args.seed, args.threads, effort, memory, patience, now + limit, now + MEMORY_SHARE * limit, speed
     )
 
 
@@ -303,10 +192,74 @@ def described(args: argparse.Namespace, settings: Settings) -> dict[str, object]
         if settings.device.type == "cuda"
         else "timeit, and torch.utils.benchmark.Timer for calls shorter than effort.seconds",
         "statistics": "median, 20th and 80th percentile",
-        "memory": "torch.cuda.max_memory_allocated" if settings.device.type == "cuda" else "VmHWM of a fresh process",
+        "memory": ""
+        if args.suite == SPEED
+        else "torch.cuda.max_memory_allocated"
+        if settings.device.type == "cuda"
+        else "VmHWM of a fresh process",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "peers": {peer.name: peer.what for peer in PEERS.values()},
     }
+
+
+def suited(suite: str) -> tuple[str, ...]:
+    """The peers of a suite where none are named."""
+    if suite in FEATURE_SUITES:
+        return FEATURE_PEERS
+    # SDPA goes backend by backend where it is not features that are timed; standard attention is no rival in a race.
+    left_out = (SDPA, STANDARD) if suite == SPEED else (SDPA, *RACE_ONLY)
+    return tuple(peer for peer in PEERS if peer not in left_out)
+
+
+def files_of(suite: str, dtype: str, device: torch.device) -> tuple[str, str]:
+    """The stem of a suite's JSON and the name of its page; a race in another dtype has files of its own."""
+    if suite == SPEED and device.type == "cuda" and dtype != "bfloat16":
+        suite = f"{SPEED}-{dtype}"
+    elif suite not in (*FEATURE_SUITES, SPEED):
+        return "results", "report.md"
+    return suite, f"{suite}.md"
+
+
+def race_all(
+    record: Record, cases: Sequence[Case], peers: Sequence[Peer], settings: Settings, step: Progress, path: Path,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """The speed suite: the ceiling of this run, then every peer on every case, on a GPU in processes of their own."""
+    from bench.ceiling import ceiling, clocks
+    from bench.overlap import tiles_of
+
+    with ExitStack() as stack:
+        measured: Callable[..., list[Row]] = measure
+        if args.apart if args.apart is not None else settings.device.type == "cuda":
+            apart = Apart(Path(stack.enter_context(folder())), args.patience or SPEED_PATIENCE)
+            stack.callback(apart.close)
+            apart.recall(record)
+            apart.begin(peer.name for peer in peers if not all(peer.absent(case, settings.device) for case in cases))
+            measured = apart.measure
+
+        def timed(case: Case, peer: Peer, *rest: Any) -> list[Row]:
+            start = time.monotonic()
+            rows = measured(case, peer, *rest)
+            record.speed["seconds"].setdefault(case.name, {})[peer.name] = round(time.monotonic() - start, 2)
+            return rows
+
+        dtype = args.dtype if settings.device.type == "cuda" else "float32"
+        record.speed.setdefault("ceilings", []).append(ceiling(settings.device, dtype))
+        for name in ("clocks", "tiles", "seconds"):
+            record.speed.setdefault(name, {})
+
+        def finished(case: Case) -> None:
+            try:
+                tiles = tiles_of(record, case, settings.device)
+            except Exception as error:  # the timings stand without it
+                tiles = {}
+                step(f"{case.name}: its tiles are not told: {error}")
+            if tiles and (time.monotonic() <= settings.deadline or case.name not in record.speed["tiles"]):
+                record.speed["clocks"][case.name] = clocks(settings.device)
+                record.speed["tiles"][case.name] = tiles
+            record.save(path)
+
+        time_all(record, cases, peers, settings, step, finished, timed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,24 +272,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"the benchmark needs {error.name}: pip install 'flash-triton[bench]'", file=sys.stderr)
         return 2
-    from bench.plot import draw
-    from bench.report import report
+    from bench import plot, race, race_plot, report
 
     torch.set_num_threads(settings.threads)
     name = suite_of(args)
     suite = shapes.suite(name, settings.device, args.dtype, args.quick)
     wanted = [case for case in suite if not args.cases or any(text in case.name for text in args.cases)]
-    suited = FEATURE_PEERS if name in FEATURE_SUITES else tuple(peer for peer in PEERS if peer != SDPA)
-    peers = [PEERS[peer] for peer in args.peers or suited]
+    peers = [PEERS[peer] for peer in args.peers or suited(name)]
     machine = records.machine(settings.device, settings.threads)
     out = args.out or RESULTS / records.slug(machine)
     out.mkdir(parents=True, exist_ok=True)
-    stem, page = (name, f"{name}.md") if name in FEATURE_SUITES else ("results", "report.md")
+    stem, page = files_of(name, args.dtype, settings.device)
     path = out / f"{stem}.json"
     record = Record(machine, described(args, settings), {}, {}, {})
     if args.resume and path.exists():
         earlier = records.load(path)
-        record.cases, record.checked, record.rows = earlier.cases, earlier.checked, earlier.rows
+        record.cases, record.checked, record.speed = earlier.cases, earlier.checked, earlier.speed
+        record.rows = {key: row for key, row in earlier.rows.items() if row.peer not in args.again}
     weighed = weighed_cases(args, settings, wanted)
     weighed_peers = [peer.name for peer in peers if peer.name in (STANDARD, OURS, SDPA)]
 
@@ -349,15 +301,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.update()
 
         weigh_all(record, weighed, weighed_peers, settings, step)
-        time_all(record, wanted, peers, settings, step, lambda: record.save(path))
+        if name == SPEED:
+            race_all(record, wanted, peers, settings, step, path, args)
+        else:
+            time_all(record, wanted, peers, settings, step, lambda case: record.save(path))
     records.compare_peers(record)
+    if name == SPEED:
+        race.finish(record, settings.deadline)
     record.save(path)
-    text = report(record)
+    text = race.report(record) if name == SPEED else report.report(record)
     (out / page).write_text(text)
-    print(text)
-    for picture in draw(record, out):
-        print(picture)
-    ours = [row for row in record.rows.values() if row.peer == OURS]
+    pictures = race_plot.draw(record, out, stem) if name == SPEED else plot.draw(record, out)
+    print(*pictures, text, sep="\n")
+    ours = [row for row in record.rows.values() if row.peer in OURS_ALL]
     return int(any(row.outcome in ("wrong", "error") or row.peak_outcome == "error" for row in ours))
 
 

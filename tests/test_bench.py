@@ -22,7 +22,7 @@ from bench.record import Record, Row
 CPU = torch.device("cpu")
 TINY = Case("tiny", "made up", 2, 4, 2, 17, 37, 8, 24, True, "float32", "sweep")
 FAST = run.Settings(CPU, threads=1, effort=Effort(0.0, 0.001, 3))
-NAMES = ("cpu", "quick", "sweep", "models", "all", "auto", "features", "long")
+NAMES = ("cpu", "quick", "sweep", "models", "all", "auto", "features", "long", "speed")
 SUITES = [(name, device) for name in NAMES for device in ("cpu", "cuda")]
 
 
@@ -58,7 +58,7 @@ def right(case: Case) -> Attention:
 def measured(*measured_peers: Peer, case: Case = TINY, settings: run.Settings = FAST) -> Record:
     """A record of one case and some peers."""
     made = Record(record.machine(CPU, 1), run.described(run.parse([]), settings), {}, {}, {})
-    run.time_all(made, [case], measured_peers, settings, lambda text: None, lambda: None)
+    run.time_all(made, [case], measured_peers, settings, lambda text: None, lambda case: None)
     record.compare_peers(made)
     return made
 
