@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     for target in options.target or ["cuda:90"]:
         if options.config:
             *numbers, ahead = map(int, f"{options.config},0".split(",")[:5])
-            config = Config(*numbers, ahead=bool(ahead))
+            config = Config._make((*numbers, bool(ahead)))
         else:
             name = "dq" if options.kernel in ("delta", "dbias") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)
