@@ -11,7 +11,7 @@ from flash.kernels.spec import Config
 from .journal import Journal
 from .resources import Report
 from .space import Variant, candidates, orders, variants
-from .tables import HEAD_DIMS, KERNELS, Row, Table, heuristic, kernel_hash
+from .tables import HEAD_DIMS, KERNELS, Row, Table, heuristic, kernel_hash, shipped_table
 
 Compile = Callable[..., Report]  # (target, kernel, variant, config), and `listing` for the loops
 TRIES = 1  # candidates that fit before the least bad one is taken, where nothing promises that none spills
@@ -20,12 +20,13 @@ HOPELESS = 128  # bytes spilled: other numbers of stages will not mend that
 
 
 class Need(NamedTuple):
-    """A row that a table should have: what `Row` calls kernel, dtype, head_dim and ragged."""
+    """A row that a table should have: what `Row` calls kernel, dtype, head_dim, ragged and causal."""
 
     kernel: str
     dtype: str
     head_dim: int
     ragged: bool | None
+    causal: bool | None = None
 
 
 class Figures(NamedTuple):
@@ -39,7 +40,8 @@ class Figures(NamedTuple):
 def needs(target: str, dtypes: Iterable[str], head_dims: Iterable[int] = HEAD_DIMS) -> Iterator[Need]:
     """The rows of a target's table.
 
-    Ragged calls have rows of their own where the registers that their addresses take would make the others slow.
+    Ragged calls have rows of their own where the registers that their addresses take would make the others slow, and
+    so have full calls where those of causal ones would keep the forward's exponentials from hiding.
     """
     for dtype in dtypes:
         if dtype == "float64" and target.startswith("hip:"):  # Triton before 3.9 cannot compile it
@@ -51,6 +53,8 @@ def needs(target: str, dtypes: Iterable[str], head_dims: Iterable[int] = HEAD_DI
                     continue
                 for ragged in (False, True) if apart else (None,):
                     yield Need(kernel, dtype, head_dim, ragged)
+                if (target, kernel, head_dim) == ("cuda:90", "forward", 128) and apart:
+                    yield Need(kernel, dtype, head_dim, False, False)
 
 
 def spill_free(target: str, need: Need) -> bool:
@@ -60,8 +64,9 @@ def spill_free(target: str, need: Need) -> bool:
 
 def calls_of(need: Need) -> tuple[Variant, ...]:
     """The calls that a row must compile for: causal with a group and full; where nothing may spill, all variants."""
-    kernel, dtype, head_dim, ragged = need
+    kernel, dtype, head_dim, ragged, causal = need
     calls = variants(kernel, dtype, head_dim, bool(ragged))
+    calls = tuple(call for call in calls if causal in (None, call.causal))
     return calls if dtype in ("float16", "bfloat16") and head_dim <= 128 else calls[:2]
 
 
@@ -120,7 +125,7 @@ def choose(target: str, need: Need, compile: Compile, first: Iterable[Config] = 
         figures = measure(target, need, config, compile, most, HIDDEN)
         fitting += not figures.fault or figures.fault.startswith("spills")
         if not figures.fault:
-            best = Row(*need, None, None, config, figures.shared, figures.spill_bytes)
+            best = Row(*need, None, config, figures.shared, figures.spill_bytes)
         if figures.spill_bytes > HOPELESS:
             hopeless.add((*config[:3], config.ahead))
         if best is not None and (best.spill_bytes == 0 or (fitting >= TRIES and not spill_free(target, need))):
@@ -145,14 +150,17 @@ def build_table(
         The table, untimed; rows that nothing fits are left out.
     """
     rows: list[Row] = []
+    shipped = shipped_table(target)
+    old = () if shipped is None else shipped.rows  # a row stays what it is while it is as good
     for need in wanted:
         key = f"{target} {kernel_hash()} {triton} {need}"
         if key not in journal:
+            kept = [row.config for row in old if row[:5] == need and row.seqlen is None]
             near = [row.config for row in rows if _akin(row, need)]
-            row = choose(target, need, compile, near or [heuristic(target, *need[:3])])
+            row = choose(target, need, compile, kept or near or [heuristic(target, *need[:3])])
             journal.write(key, [] if row is None else [row.config, row.shared, row.spill_bytes])
         for config, shared, spill_bytes in [journal[key]] if journal[key] else []:
-            rows.append(Row(*need, None, None, Config(*config), shared, spill_bytes))
+            rows.append(Row(*need, None, Config(*config), shared, spill_bytes))
         if progress is not None:
             progress.set_postfix_str(f"{' '.join(map(str, need[:3]))}: {journal[key]}")
             progress.update()
@@ -161,7 +169,7 @@ def build_table(
 
 def _akin(row: Row, need: Need) -> bool:
     """Whether a row's Config is a good guess: of the other half precision, or of the next larger small head_dim."""
-    if (row.kernel, row.ragged) != (need.kernel, need.ragged):
+    if (row.kernel, row.ragged, row.causal) != (need.kernel, need.ragged, need.causal):
         return False
     if row.head_dim == need.head_dim:
         return {row.dtype, need.dtype} == {"float16", "bfloat16"}

@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     for target in options.target or ["cuda:90"]:
         if options.config:
             *numbers, ahead = map(int, f"{options.config},0".split(",")[:5])
-            config = Config(*numbers, ahead=bool(ahead))
+            config = Config._make((*numbers, bool(ahead)))
         elif options.kernel in gluon.KERNELS:
             config = gluon.config(options.kernel, variant)
         else:

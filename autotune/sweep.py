@@ -115,7 +115,7 @@ def sweep(
             journal.write(key, [[config, figures] for config, figures in found.items()])
         best: tables.Row | None = None
         for config, (spill_bytes, shared, _) in ((Config(*c), f) for c, f in journal[key]):
-            job = Job(target, *cell.need, cell.causal, cell.seqlen, config)
+            job = Job(target, *cell.need[:4], cell.causal, cell.seqlen, config)
             entry = f"{made} {job}"
             if entry not in journal:
                 outcome = run(job)
@@ -125,7 +125,7 @@ def sweep(
                 journal.write(entry, outcome)
             outcome = journal[entry]
             if outcome["status"] == "ok" and (best is None or outcome["ms"] < best.ms):
-                best = tables.Row(*cell.need, cell.causal, cell.seqlen, config, shared, spill_bytes, outcome["ms"])
+                best = tables.Row(*cell.need[:4], cell.causal, cell.seqlen, config, shared, spill_bytes, outcome["ms"])
             if progress is not None:
                 progress.set_postfix_str(_words(cell, best, outcome))
         rows += [] if best is None else [best]
@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     names = parser.add_argument
     names("--offline", metavar="TARGET", help="cuda:80, cuda:90, hip:gfx942, ...: choose without a GPU")
     names("--dtype", nargs="+", choices=tuple(tables.ITEMSIZE), help="default: bfloat16 float16; offline all")
+    names("--kernel", nargs="+", choices=tables.KERNELS, default=tables.KERNELS, help="offline: default all")
     names("--head-dim", nargs="+", type=int, choices=tables.HEAD_DIMS, help="default: 64 128 256; offline all")
     names("--seqlen", nargs="+", type=int, choices=tables.SEQLENS, default=[1024, 8192], help="lengths to time")
     names("--output", type=Path, help="the table (offline: the shipped one; else one beside Triton's cache)")
@@ -180,6 +181,7 @@ def _offline(options: argparse.Namespace) -> int:
     target = options.offline
     path = options.output or Path(__file__).parent / "tables" / tables.table_name(target)
     wanted = list(offline.needs(target, options.dtype or tuple(tables.ITEMSIZE), options.head_dim or tables.HEAD_DIMS))
+    wanted = [need for need in wanted if need.kernel in options.kernel]
     journal = Journal(path.with_suffix(".journal"))
     table = offline.build_table(target, wanted, report, journal, tables.triton_version() or "", bar(len(wanted)))
     store.save(path, table, 0o644)

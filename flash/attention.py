@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import plans
 from .autograd import attend
 from .problem import ConfigLike, Problem, Window, check_flag
 
@@ -104,12 +105,19 @@ def flash_attention(
 
     Source: Dao 2023, "FlashAttention-2", Algorithms 1 and 2, https://arxiv.org/abs/2307.08691.
     """
+    check_flag("return_lse", return_lse)
+    plain = (
+        window is None and q_offset is None and mask is None and bias is None and alibi_slopes is None
+        and sinks is None and type(dropout_p) is float and dropout_p == 0.0 and score_mod is None and mask_mod is None
+        and block_mask is None and deterministic is None and config is None
+    )  # fmt: skip
+    if plain and (found := plans.attend(q, k, v, causal, scale, softcap, backend)) is not None:
+        return found if return_lse else found[0]
     keywords: dict[str, Any] = dict(
         causal=causal, window=window, q_offset=q_offset, scale=scale, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, score_mod=score_mod, mask_mod=mask_mod,
         block_mask=block_mask, deterministic=deterministic, backend=backend, config=config,
     )  # fmt: skip
-    check_flag("return_lse", return_lse)
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in (q, k, v)):
         o, lse = attend_nested(q, k, v, keywords)
     else:

@@ -72,7 +72,7 @@ def configs_of(numbers: Sequence[int]) -> tuple[Config | None, Config | None, Co
     """The three Configs that crossed an op's boundary as numbers, one a field; zeros stand for an absent one."""
     width = len(ABSENT)
     parts = (numbers[i * width : (i + 1) * width] for i in range(3))
-    forward, dkdv, dq = (Config(*part[:-1], ahead=bool(part[-1])) if part[0] else None for part in parts)
+    forward, dkdv, dq = (Config._make((*part[:-1], bool(part[-1]))) if part[0] else None for part in parts)
     return forward, dkdv, dq
 
 

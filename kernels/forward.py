@@ -15,12 +15,14 @@ Over full tiles the loop has two orders, of the same sums in the same order:
                not wait for, and that can run under them where it is asynchronous (sm_90)
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import band, score, softmax, tile
-from .launch import LENGTHS, cut, launch, prepare, shape_of, sizes_of, view
+from .launch import LENGTHS, cut, launch, launch_again, prepare, shape_of, sizes_of, view
 from .spec import Config, Mods, Positions, Site, Sizes, Spec, dense_like
 
 
@@ -129,6 +131,31 @@ def forward_kernel(
             tile.store(o, nan, b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim_v, seen > 0.0)
 
 
+class Plan(NamedTuple):
+    """A dense forward that was launched, less its tensors: others of the same kind can be launched as it was.
+
+    Args:
+        compiled: what Triton compiled.
+        programs: how many.
+        device: of the tensors.
+        strides: of q, k, v and o.
+        rest: the kernel's arguments after lse.
+    """
+
+    compiled: Any
+    programs: int
+    device: torch.device
+    strides: tuple[tuple[int, ...], ...]
+    rest: tuple[Any, ...]
+
+    def launch(self, *tensors: torch.Tensor) -> bool:
+        """Launch the kernel on q, k, v, o and lse, all 16-byte aligned; False, and nothing, where it cannot be."""
+        q, k, v, o, lse = tensors
+        of_q, of_k, of_v, of_o = self.strides
+        args = ((q, *of_q), (k, *of_k), (v, *of_v), (o, *of_o), lse, *self.rest)
+        return launch_again(self.compiled, forward_kernel, self.programs, self.device, args)
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -139,6 +166,21 @@ def forward(
     positions: Positions,
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse of `planned_forward`."""
+    o, lse, _ = planned_forward(q, k, v, mods, spec, scale, positions, config)
+    return o, lse
+
+
+def planned_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mods: Mods,
+    spec: Spec,
+    scale: float,
+    positions: Positions,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor, Plan | None]:
     """Launch the forward kernel.
 
     Args:
@@ -153,7 +195,7 @@ def forward(
 
     Returns:
         o [batch, heads, seqlen_q, head_dim_v], of q's dtype and axis order, and lse [batch, heads, seqlen_q] in natural
-        logarithm, float32 (float64 for float64).
+        logarithm, float32 (float64 for float64); and the Plan of a call without mods, where there is a kernel to plan.
     """
     packed = mods.bad is not None
     o = dense_like(q, v.shape[3])
@@ -163,8 +205,11 @@ def forward(
         lse.fill_(float("-inf"))
     operands, spec = prepare(mods, spec)
     programs, operands = cut(q, mods, operands, False, config.block_m)
-    views = (view(x, packed) for x in (q, k, v, o))
+    views = [view(x, packed) for x in (q, k, v, o)]
     sizes = sizes_of(q, k, mods, positions)
-    rest = (*sizes, scale, spec, shape_of(q, k, v), config.ahead)
-    launch(forward_kernel, programs, q.device, config, *views, lse, operands, *rest)
-    return o, lse
+    rest = (operands, *sizes, scale, spec, shape_of(q, k, v), config.ahead)
+    compiled = launch(forward_kernel, programs, q.device, config, *views, lse, *rest)
+    if compiled is None or any(x is not None for x in mods):
+        return o, lse, None
+    strides = tuple(tuple(x[1:]) for x in views)
+    return o, lse, Plan(compiled, programs, q.device, strides, (*rest, config.block_m, config.block_n))

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spec, View
@@ -94,7 +96,7 @@ def cut(x: torch.Tensor, mods: Mods, operands: Operands, by_key: bool, block: in
     return (seqlen // block + len(mods.bad)) * heads, operands._replace(tiles=tiles)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **options: Any) -> Any:
     """Run `programs` programs of a kernel on `device`, on its current stream; none is a launch of nothing.
 
     Args:
@@ -105,14 +107,47 @@ def launch(kernel: Any, programs: int, device: torch.device, config: Config, *ar
         *args: the kernel's other arguments.
         **options: of the compiler, in place of the configuration's or beside them.
 
+    Returns:
+        Triton's CompiledKernel; None where nothing was launched, or was interpreted.
+
     Raises:
         ValueError: the configuration needs more shared memory or registers than the device has.
     """
     if programs == 0:
-        return
+        return None
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*args, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **options)
+            return kernel[(programs,)](*args, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **options)
     except OutOfResources as error:
         raise ValueError(f"config must fit {device}, got {config} for {kernel.__name__}: {error}") from error
+
+
+def launch_again(compiled: Any, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...]) -> bool:
+    """Run a kernel as `launch` compiled it, without Triton's search for it; False, and nothing, where it cannot.
+
+    Triton finds a compiled kernel by what it specialises: types, addresses and numbers that 16 divides, numbers that
+    are 1, what is None or constant, the device, warps and stages, and some of its settings. Whoever calls this answers
+    for all of them but the settings: each argument must be specialised as the one in its place was at `launch`.
+
+    Args:
+        compiled: what `launch` returned.
+        kernel: what it was given.
+        programs: size of the one-dimensional grid, at least 1.
+        device: where the tensors are; nothing is launched where it is not the current one.
+        args: the kernel's arguments, BLOCK_M and BLOCK_N included.
+
+    Returns:
+        Whether it was launched, on the device's current stream.
+    """
+    runtime = knobs.runtime
+    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks:
+        return False
+    if runtime.debug or runtime.add_stages_inspection_hook is not None or knobs.compilation.instrumentation_mode:
+        return False
+    current = driver.active.get_current_device()
+    if current != (device.index or 0):
+        return False
+    stream = driver.active.get_current_stream(current)
+    compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    return True

@@ -14,14 +14,15 @@ from flash.autotune.space import Variant
 FOLDER = Path(tables.__file__).parent / "tables"
 SHIPPED = [tables.parse(path.read_bytes()) for path in sorted(FOLDER.glob("*.json"))]
 ROWS = [(table, row) for table in SHIPPED for row in table.rows]
+KINDS = {(None, None): [], (False, None): [], (True, None): ["ragged"], (False, False): ["full"]}
 NAMES = [
-    "-".join([table.target, row.kernel, row.dtype, str(row.head_dim), *(["ragged"] if row.ragged else [])])
+    "-".join([table.target, row.kernel, row.dtype, str(row.head_dim), *KINDS[row.ragged, row.causal]])
     for table, row in ROWS
 ]
 
 
 def need_of(row: tables.Row) -> offline.Need:
-    return offline.Need(*row[:4])
+    return offline.Need(*row[:5])
 
 
 def check(table: tables.Table, row: tables.Row, calls: tuple[Variant, ...]) -> None:

@@ -301,7 +301,7 @@ def test_offline_writes_an_untimed_table_and_resumes(tmp_path: Path, monkeypatch
     assert sweep.main(arguments) == 0
     made = read(path)
     assert not made.timed and made.gpu == "" and "ms" in json.loads(path.read_text())["rows"][0]
-    needs = [offline.Need(*each[:4]) for each in made.rows]
+    needs = [offline.Need(*each[:5]) for each in made.rows]
     assert sorted(needs, key=str) == sorted(offline.needs(TARGET, ["bfloat16"], [64]), key=str)
     assert all(each.spill_bytes == 0 and each.config.block_m * each.config.block_n <= 4096 for each in made.rows)
     assert not path.with_suffix(".journal").exists()

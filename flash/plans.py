@@ -1,0 +1,88 @@
+"""A plain call made before is made again at once: what checks, tables and Triton said of it is kept as a Plan.
+
+A plan is found by all that it depends on: shapes, strides, dtype, device and the few options that a plain call has; its
+tensors are 16-byte aligned. What is anything else, or comes where torch watches, takes the ordinary way: gradients,
+transforms, modes, autocast, tracing, subclasses of Tensor. The result is the same to the bit.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from . import dispatch
+from .kernels.spec import dense_like
+from .problem import Problem
+
+DEVICE = "cuda"  # where launching costs: elsewhere no kernel is compiled
+TRITONS = ((3, 6), (3, 9))  # first and last whose launch is known
+MOST = 4096  # plans kept; then all are forgotten
+HALVES = (torch.float16, torch.bfloat16)  # of others a setting of torch's makes another kernel
+
+plans: dict[tuple[Any, ...], Any] = {}
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None, softcap: float | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
+    """(o, lse) of a plain call by its plan, made where there is none yet; None where the ordinary way must be taken.
+
+    Args:
+        q, k, v: of four axes; checked only where the plan is made.
+        causal, scale, softcap, backend: as in `flash.attention.flash_attention`.
+    """
+    if watched(q, k, v) or not (causal is True or causal is False):
+        return None
+    if not (scale is None or type(scale) is float) or not (softcap is None or type(softcap) is float):
+        return None  # 1 == True == 1.0, and not all of them are right
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
+        v.device, causal, scale, softcap, backend,
+    )  # fmt: skip
+    plan = plans.get(key)
+    if plan is None:
+        return planned(key, Problem.of(q, k, v, causal=causal, scale=scale, softcap=softcap, backend=backend))
+    o = dense_like(q, v.shape[3])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | o.data_ptr() | lse.data_ptr()) % 16:
+        return None
+    return (o, lse) if plan.launch(q, k, v, o, lse) else None
+
+
+def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a call's tensors or torch's state ask for more than the output's values."""
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
+        return True
+    if q.device.type != DEVICE or q.dtype not in HALVES:
+        return True
+    for x in (q, k, v):
+        if x.is_nested or x.layout is not torch.strided or x.dim() != 4 or x.is_neg():
+            return True
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return True
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+    )
+
+
+def planned(key: tuple[Any, ...], problem: Problem) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(o, lse) of a Problem without mods, its plan kept; None where Triton does not serve it."""
+    p, release = problem, dispatch.triton_release()
+    if isinstance(release, str) or not TRITONS[0] <= release <= TRITONS[1] or dispatch.chosen(p) != "triton":
+        return None
+    from .kernels.forward import planned_forward
+
+    config = dispatch.tuned(p, "forward").config
+    o, lse, plan = planned_forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions, config)
+    aligned = all(x.data_ptr() % 16 == 0 for x in (p.q, p.k, p.v, o, lse))
+    if plan is not None and aligned:
+        if len(plans) >= MOST:
+            plans.clear()
+        plans[key] = plan
+    return o, lse
