@@ -68,6 +68,16 @@ def descriptors(variant: Variant, config: Config) -> dict[str, str]:
     }
 
 
+def candidates(kernel: str, head_dim: int) -> tuple[Config, ...]:
+    """The configurations that a kernel is shipped with for a head dimension, for calls of every kind."""
+    from flash.kernels import hopper_backward, hopper_forward
+
+    module = {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward}[kernel]
+    if module.tile_of(head_dim) is None:
+        return ()
+    return tuple(dict.fromkeys(c for banded in (False, True) for c in module.candidates(head_dim, banded)))
+
+
 def options(kernel: str, config: Config) -> dict[str, int]:
     """The compiler's options in a launch of a kernel with a Config."""
     from flash.kernels.hopper_forward import options_of

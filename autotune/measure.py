@@ -13,10 +13,12 @@ import torch
 from flash import reference
 from flash.kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
 
-from .tables import KERNELS, lookup
+from .tables import HOPPER, KERNELS, lookup
 
 TOKENS = 16384
 WIDTH = 2048  # heads * head_dim
+FORWARDS = ("forward", "hopper_forward")
+IN_PLACE_OF = {"hopper_forward": "forward", "hopper_backward": "dkdv"}  # whose member of Configs it reads
 Clock = Callable[[Callable[[], Any]], tuple[float, float, float]]
 
 
@@ -25,7 +27,7 @@ class Job(NamedTuple):
 
     Args:
         target: what the machine compiles for, "cuda:90".
-        kernel: "forward", "dkdv" or "dq".
+        kernel: "forward", "dkdv" or "dq", or a kernel of tables.HOPPER.
         dtype: name of a floating dtype.
         head_dim: 1 to 512.
         ragged: whether the row is for calls whose head_dim is no multiple of 16.
@@ -121,7 +123,7 @@ def time(job: Job, device: torch.device, clock: Clock) -> tuple[float, float, fl
     heads = max(1, WIDTH // job.head_dim)
     call = _inputs(job, max(1, TOKENS // job.seqlen), heads, heads, job.seqlen, job.seqlen, device)
     forward, backward = _kernels(job, call)
-    if job.kernel == "forward":
+    if job.kernel in FORWARDS:
         return clock(forward)
     o, lse = forward()
     return clock(lambda: backward(o, lse))
@@ -131,22 +133,21 @@ def outputs(job: Job, call: Call) -> dict[str, torch.Tensor]:
     """What the kernel of a job computes, by name."""
     forward, backward = _kernels(job, call)
     o, lse = forward()
-    if job.kernel == "forward":
+    if job.kernel in FORWARDS:
         return {"o": o, "lse": lse}
     return {f"d{name}": x for name, x in backward(o, lse)._asdict().items() if x is not None}
 
 
 def _kernels(job: Job, call: Call) -> tuple[Callable[[], Any], Callable[[torch.Tensor, torch.Tensor], Any]]:
     """The forward pass, and the part of the backward pass that the job's kernel does."""
-    from flash.kernels.backward import backward
-    from flash.kernels.forward import forward
-
+    forward, backward = implementations(job.kernel)
     precision = "tf32x3" if job.dtype == "float32" and job.target.startswith("cuda:") else "ieee"
     spec, scale = Spec(causal=job.causal, precision=precision), job.head_dim**-0.5
     positions = Positions(q_offset=call.k.shape[2] - call.q.shape[2])
     others = {k: lookup(job.target, k, job.dtype, job.head_dim, job.seqlen, job.causal).config for k in KERNELS}
-    configs = Configs(**{**others, job.kernel: job.config})
-    needs = Gradients(job.kernel == "dq", job.kernel == "dkdv", job.kernel == "dkdv")
+    configs = Configs(**{**others, IN_PLACE_OF.get(job.kernel, job.kernel): job.config})
+    every = job.kernel == "hopper_backward"
+    needs = Gradients(every or job.kernel == "dq", *[every or job.kernel == "dkdv"] * 2)
     q, k, v, do, _ = call
 
     def run_forward() -> Any:
@@ -156,6 +157,19 @@ def _kernels(job: Job, call: Call) -> tuple[Callable[[], Any], Callable[[torch.T
         return backward(do, None, q, k, v, o, lse, Mods(), spec, scale, positions, configs, needs)
 
     return run_forward, run_backward
+
+
+def implementations(kernel: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and the backward that a kernel is part of."""
+    from flash.kernels import backward, forward
+
+    if kernel not in HOPPER:
+        return forward.forward, backward.backward
+    from flash.kernels import hopper_backward, hopper_forward
+
+    if kernel == "hopper_forward":
+        return hopper_forward.forward, backward.backward
+    return forward.forward, hopper_backward.backward
 
 
 def _inputs(job: Job, batch: int, heads: int, heads_k: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Call:

@@ -45,12 +45,16 @@ class Gone(Exception):
     """The GPU does not answer any more."""
 
 
-def cells(dtypes: Iterable[str], head_dims: Iterable[int], seqlens: Iterable[int]) -> Iterator[Cell]:
+def cells(target: str, dtypes: Iterable[str], head_dims: Iterable[int], seqlens: Iterable[int]) -> Iterator[Cell]:
     """The rows that a sweep fills, in order; those for ragged head dimensions stay as they are."""
+    kernels = tables.KERNELS + (tables.HOPPER if target == "cuda:90" else ())
     for dtype, head_dim, kernel, causal, seqlen in itertools.product(
-        dtypes, head_dims, tables.KERNELS, (False, True), seqlens
+        dtypes, head_dims, kernels, (False, True), seqlens
     ):
-        yield Cell(offline.Need(kernel, dtype, head_dim, False), causal, seqlen)
+        if kernel in tables.KERNELS or (
+            dtype in ("float16", "bfloat16") and candidates(target, kernel, dtype, head_dim)
+        ):
+            yield Cell(offline.Need(kernel, dtype, head_dim, False), causal, seqlen)
 
 
 def survivors(
@@ -204,7 +208,9 @@ def _here(options: argparse.Namespace) -> int:
         print("no Triton here: nothing to time", file=sys.stderr)
         return 4
     path = options.output or Path(str(folder)) / tables.user_table_name(target, gpu)
-    wanted = list(cells(options.dtype or ("bfloat16", "float16"), options.head_dim or (64, 128, 256), options.seqlen))
+    wanted = list(
+        cells(target, options.dtype or ("bfloat16", "float16"), options.head_dim or (64, 128, 256), options.seqlen)
+    )
     journal = Journal(path.with_suffix(".journal"))
     worker = Worker(RUNNER, TIMEOUT)
     write = partial(store.save, path, mode=0o644 if options.output else 0o600)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from flash.kernels.spec import Config
 
 KERNELS = ("forward", "dkdv", "dq")
+HOPPER = ("hopper_forward", "hopper_backward")  # Gluon kernels; their rows are all timed
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of one element
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 SEQLENS: tuple[int, ...] = tuple(2**n for n in range(4, 21))
@@ -36,6 +37,7 @@ ALLOWED = {
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "ahead": (False, True),  # absent = False, and so for dkdv and dq
 }
+WARPGROUPS = {"block_m": (64, 128, 192), "num_warps": (8, 12)}  # of HOPPER: they need not be a power of two
 KiB = 1024
 LARGEST_FILE = 1024 * KiB
 FORMAT = 1
@@ -156,6 +158,44 @@ def lookup(
         raise ValueError(f"head_dim must be 1 to {HEAD_DIMS[-1]}, got {head_dim}")
     bucket = next(d for d in HEAD_DIMS if d >= head_dim)
     return _choose(target, (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal)), _length_bucket(seqlen), gpu)
+
+
+@lru_cache(maxsize=4096)
+def timed(
+    target: str, kernel: str, dtype: str, head_dim: int, seqlen: int, causal: bool, gpu: str | None = None
+) -> Choice | None:
+    """As `lookup`, but a Config that was timed on this GPU, or on the one of the shipped table; None without one."""
+    found = _timed(target, kernel, dtype, head_dim, seqlen, causal, gpu)
+    return None if found is None else Choice(found[1].config, f"timed on {found[0]}")
+
+
+@lru_cache(maxsize=4096)
+def is_faster(
+    kernel: str, others: tuple[str, ...], target: str, dtype: str, head_dim: int, seqlen: int, causal: bool,
+    gpu: str | None = None,
+) -> bool:  # fmt: skip
+    """Whether a kernel took less time than others together, all of them timed in the same table."""
+    call = (dtype, head_dim, seqlen, causal, gpu)
+    found = [_timed(target, name, *call) for name in (kernel, *others)]
+    if any(row is None or row[0] != found[0][0] for row in found):  # type: ignore[index]
+        return False
+    ours, *theirs = (row[1].ms for row in found)  # type: ignore[index]
+    return ours < sum(theirs)
+
+
+def _timed(
+    target: str, kernel: str, dtype: str, head_dim: int, seqlen: int, causal: bool, gpu: str | None
+) -> tuple[str, Row] | None:
+    """The GPU and the row of the first table that has timed a kernel for a call."""
+    bucket = next((d for d in HEAD_DIMS if d >= head_dim), None)
+    if bucket is None:
+        return None
+    call = (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal))
+    for table in (None if gpu is None else user_table(target, gpu), shipped_table(target)):
+        row = _find(table, call, _length_bucket(seqlen))
+        if table is not None and row is not None and row.ms:
+            return table.gpu, row
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -430,11 +470,13 @@ def _row(data: Any) -> Row:
             raise ValueError(f"{field} must be a count of bytes, got {value!r:.80}")
         return value
 
-    config = Config(*(one_of(field, allowed) for field, allowed in ALLOWED.items()))
+    kernel = one_of("kernel", KERNELS + HOPPER)
+    limits = ALLOWED | WARPGROUPS if kernel in HOPPER else ALLOWED
+    config = Config(*(one_of(field, allowed) for field, allowed in limits.items()))
     if config.ahead and data.get("kernel") != "forward":
         raise ValueError(f"ahead must be false but for forward, got {data.get('kernel')!r:.80}")
     return Row(
-        one_of("kernel", KERNELS),
+        kernel,
         one_of("dtype", tuple(ITEMSIZE)),
         one_of("head_dim", HEAD_DIMS),
         one_of("ragged", (None, False, True)),
@@ -466,7 +508,7 @@ def dump(table: Table) -> str:
     Returns:
         The text, rows in a fixed order.
     """
-    order = {name: i for i, name in enumerate((*KERNELS, *ITEMSIZE))}
+    order = {name: i for i, name in enumerate((*KERNELS, *HOPPER, *ITEMSIZE))}
     rows = sorted(table.rows, key=lambda row: (order[row.dtype], order[row.kernel], *map(str, row[2:6])))
     rows.sort(key=lambda row: (order[row.dtype], row.head_dim, order[row.kernel]))
     lines = []

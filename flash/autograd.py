@@ -62,10 +62,10 @@ def unflatten(operands: Sequence[torch.Tensor | None], rest: tuple[Any, ...]) ->
 
 
 @lru_cache(maxsize=1024)
-def spec_of(text: str) -> tuple[Spec, tuple[Any, ...]]:
-    """The Spec, and what `unflatten` needs, that crossed an op's boundary as text."""
-    spec, rest = ast.literal_eval(text)
-    return Spec(*spec), rest
+def spec_of(text: str) -> tuple[Spec, tuple[Any, ...], bool]:
+    """The Spec, what `unflatten` needs, and whether to be deterministic, that crossed an op's boundary as text."""
+    spec, rest, deterministic = ast.literal_eval(text)
+    return Spec(*spec), rest, deterministic
 
 
 def configs_of(numbers: Sequence[int]) -> tuple[Config | None, Config | None, Config | None]:
@@ -80,17 +80,17 @@ def call_of(problem: Problem) -> tuple[Any, ...]:
     """What an op needs of a Problem beside q, k and v, in the schema's order."""
     numbers = [int(number) for config in problem.configs for number in config or ABSENT]
     operands, rest = flatten(problem.mods)
-    text = str((tuple(problem.spec), rest))
+    text = str((tuple(problem.spec), rest, problem.deterministic))
     return operands, problem.scale, list(problem.positions), text, problem.backend, numbers
 
 
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> Problem:
     """The Problem that `call_of` took apart."""
     operands, scale, positions, text, backend, numbers = call
-    spec, rest = spec_of(text)
+    spec, rest, deterministic = spec_of(text)
     mods = unflatten(operands, rest)
     return Problem(
-        q, k, v, mods, spec, scale, Positions(*positions), backend, configs_of(numbers), one_head=False
+        q, k, v, mods, spec, scale, Positions(*positions), backend, configs_of(numbers), False, deterministic
     )  # fmt: skip
 
 

@@ -296,7 +296,7 @@ def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device
         )
 
 
-def check_config(config: ConfigLike) -> tuple[Config | None, Config | None, Config | None]:
+def check_config(config: ConfigLike, backend: str = "auto") -> tuple[Config | None, Config | None, Config | None]:
     """The user's Config of each kernel, None where there is none; a bare Config is the forward's."""
     given = {"forward": config} if isinstance(config, Config) else {} if config is None else config
     if not isinstance(given, Mapping):
@@ -313,6 +313,8 @@ def check_config(config: ConfigLike) -> tuple[Config | None, Config | None, Conf
             "num_stages": tuple(range(1, 9)),
             "ahead": (False, True) if name == "forward" else (False,),
         }
+        if backend == "hopper":  # warpgroups need not be a power of two
+            limits |= {"block_m": (64, 128, 192), "num_warps": (8, 12)}
         for field, allowed in limits.items():
             got = getattr(value, field)
             if type(got) is not type(allowed[0]) or got not in allowed:

@@ -1,10 +1,11 @@
 """Problem -> implementation, with reasons: which backend serves a call, which refuse it and why, and with which tiles.
 
-    hopper   Gluon kernels for sm_90             not built yet
+    hopper   Gluon kernels for sm_90             float16 and bfloat16, what TMA can address, the common features
     triton   plain kernels                       GPUs, and CPU tensors under Triton's interpreter
     torch    block-wise torch                    everything
 
-"auto" takes the first that serves. One asked for by name serves or raises, and never falls back.
+"auto" takes the Hopper kernels, forward and backward each for itself, where a table says that they are faster: where
+both have been timed. Else it takes the first of the others that serves. A backend asked for by name serves or raises.
 """
 
 from functools import lru_cache
@@ -21,6 +22,8 @@ from .kernels.spec import Configs, Gradients, Mods, Positions, Spec
 from .problem import KERNELS, MAX_HEAD_DIM, Problem, check_flag, name_of
 
 PREFERENCE = ("hopper", "triton", "torch")
+HOPPER = {"forward": "hopper_forward", "backward": "hopper_backward"}
+ALL = Gradients(True, True, True)
 
 
 @lru_cache(maxsize=1)
@@ -104,10 +107,50 @@ def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 def refusal(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a backend does not serve a device, dtype and head dimension, or None where it does."""
     if backend == "hopper":
-        return "not built yet"
+        return hopper_refuses(device, dtype)
     if backend == "torch":
         return None
     return triton_refuses(device, dtype) or too_wide(device, dtype, head_dim)
+
+
+def hopper_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Hopper kernels serve no call on a device, or None where they serve some."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"the Hopper kernels need a GPU of compute capability 9.0, {device} is none"
+    if reason := triton_refuses(device, dtype):
+        return reason
+    if (found := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"the Hopper kernels need compute capability 9.0, {device} has {found[0]}.{found[1]}"
+    return "the Hopper kernels are written in Gluon, which Triton does not interpret" if interpreted() else None
+
+
+def hopper_lacks(problem: Problem, part: str, needs: Gradients = ALL) -> str | None:
+    """Why the Hopper kernel of a part, "forward" or "backward", does not serve a Problem, or None where it does."""
+    call = (problem.q, problem.k, problem.v, problem.mods, problem.spec)
+    if reason := hopper_refuses(problem.q.device, problem.q.dtype):
+        return reason
+    if part == "forward":
+        from .kernels.hopper_forward import unserved
+
+        return unserved(*call)
+    from .kernels.hopper_backward import unserved as unserved_backward
+
+    return unserved_backward(*call, needs, problem.deterministic)
+
+
+def hopper_is_faster(problem: Problem, part: str) -> bool:
+    """Whether the Hopper kernel of a part has been timed on this kind of GPU, and beat the plain ones."""
+    if problem.q.device.type != "cuda":
+        return False
+    kernels = ("forward",) if part == "forward" else ("dkdv", "dq")
+    return tables.is_faster(HOPPER[part], kernels, *table_key(problem))
+
+
+def table_key(problem: Problem) -> tuple[str, str, int, int, bool, str | None]:
+    """How tables tell calls apart: target, dtype, head_dim, seqlen, causal, GPU."""
+    q, k, v = problem.q, problem.k, problem.v
+    head_dim, seqlen = max(q.shape[3], v.shape[3]), max(q.shape[2], k.shape[2])
+    return target_of(q.device), name_of(q.dtype), head_dim, seqlen, problem.spec.causal, gpu_of(q.device)
 
 
 def too_wide(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -123,7 +166,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     """
     if backend == "auto":
         # the interpreter is for tests: CPU tensors go there only when asked
-        order = ("torch",) if device.type == "cpu" else PREFERENCE
+        order = ("torch",) if device.type == "cpu" else ("triton", "torch")
         return next(name for name in order if refusal(name, device, dtype, head_dim) is None)
     if reason := refusal(backend, device, dtype, head_dim):
         raise NotImplementedError(
@@ -133,15 +176,21 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     return backend
 
 
-def chosen(problem: Problem) -> str:
-    """The backend that serves a Problem.
+def chosen(problem: Problem, part: str = "forward", needs: Gradients = ALL) -> str:
+    """The backend that serves a part, "forward" or "backward", of a Problem.
 
     Raises:
         NotImplementedError: the backend asked for by name does not serve it.
         TypeError: a user function lacks the twin that this backend runs.
     """
-    q, v = problem.q, problem.v
-    backend = choose(problem.backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
+    q, v, backend = problem.q, problem.v, problem.backend
+    if backend == "hopper" or (backend == "auto" and hopper_is_faster(problem, part)):
+        reason = hopper_lacks(problem, part, needs)
+        if reason is None:
+            return "hopper"
+        if backend == "hopper":
+            raise NotImplementedError(f"backend 'hopper' does not serve this {part}: {reason}; use backend='auto'")
+    backend = choose(backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
     for mod in (problem.mods.score_mod, problem.mods.mask_mod):
         if mod is not None:
             mod.require(backend)
@@ -154,6 +203,8 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
     Raises:
         ValueError: the user's tiles do not divide the blocks of a block mask.
     """
+    if kernel in HOPPER.values():
+        return tuned_for_hopper(problem, kernel)
     given = problem.configs[KERNELS.index(kernel)]
     blocks = problem.spec.blocks if problem.mods.bad is None else None  # of packed sequences no tile keeps to them
     if given is not None:
@@ -161,10 +212,8 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
             tile = given.block_m, given.block_n
             raise ValueError(f"config[{kernel!r}] must have tiles that divide block_mask's {blocks}, got {tile}")
         return tables.Choice(given, "given by the caller")
-    q, k, v = problem.q, problem.k, problem.v
-    head_dim, seqlen = max(q.shape[3], v.shape[3]), max(q.shape[2], k.shape[2])
-    call = (kernel, name_of(q.dtype), head_dim, seqlen, problem.spec.causal)
-    found = tables.lookup(target_of(q.device), *call, gpu=gpu_of(q.device))
+    target, *call, gpu = table_key(problem)
+    found = tables.lookup(target, kernel, *call, gpu=gpu)
     if problem.spec.hides or problem.spec.blocks is not None or problem.spec.dropout_p > 0:
         found = tables.narrowed(found, kernel)
     if blocks is None:
@@ -178,12 +227,34 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
     return tables.Choice(cut, f"{found.reason}; cut to divide block_mask's blocks {blocks}")
 
 
+def tuned_for_hopper(problem: Problem, kernel: str) -> tables.Choice:
+    """The Config of a Hopper kernel: the user's (the backward's is that of dkdv), a timed one, or the first shipped."""
+    given = problem.configs[KERNELS.index("forward" if kernel == "hopper_forward" else "dkdv")]
+    if given is not None and problem.backend == "hopper":
+        return tables.Choice(given, "given by the caller")
+    target, *call, gpu = table_key(problem)
+    if found := tables.timed(target, kernel, *call, gpu=gpu):
+        return found
+    if kernel == "hopper_forward":
+        from .kernels.hopper_forward import candidates
+    else:
+        from .kernels.hopper_backward import candidates
+    spec = problem.spec
+    first = candidates(max(problem.q.shape[3], problem.v.shape[3]), spec.causal or spec.left or spec.right)[0]
+    return tables.Choice(first, "compiled and simulated, untimed")
+
+
 def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem from the backend that serves it."""
     p = problem
     call = (p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions)
-    if chosen(p) == "torch":
+    backend = chosen(p)
+    if backend == "torch":
         return fallback.forward(*call)
+    if backend == "hopper":
+        from .kernels import hopper_forward
+
+        return hopper_forward.forward(*call, tuned(p, "hopper_forward").config)
     from .kernels import forward as kernels
 
     return kernels.forward(*call, tuned(p, "forward").config)
@@ -200,14 +271,32 @@ def backward(
     """The wanted gradients of a Problem from the backend that serves it."""
     p = problem
     call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
-    if chosen(p) == "torch":
+    backend = chosen(p, "backward", needs)
+    if backend == "torch":
         return fallback.backward(*call, needs)
+    if backend == "hopper":
+        from .kernels import hopper_backward
+
+        # dq's tiles cut delta, as in the plain backward
+        config = tuned(p, "hopper_backward").config
+        return hopper_backward.backward(*call, Configs(config, config, tuned(p, "dq").config), needs)
     if p.mods.score_mod is not None:
         p.mods.score_mod.require("derivative")
     from .kernels import backward as kernels
 
     configs = Configs(*(tuned(p, kernel).config for kernel in KERNELS))
     return kernels.backward(*call, configs, needs)
+
+
+def kernels_of(problem: Problem, backend: str) -> tuple[str, ...]:
+    """The kernels that a forward and a backward of all gradients would run, if they have tiles to choose."""
+    if backend == "torch":
+        return ()
+    if backend == "hopper" and hopper_lacks(problem, "backward"):
+        return ("hopper_forward",) if problem.backend == "hopper" else ("hopper_forward", "dkdv", "dq")
+    behind = chosen(problem, "backward") if problem.backend == "auto" else backend
+    first = ("hopper_forward",) if backend == "hopper" else ("forward",)
+    return (*first, "hopper_backward") if behind == "hopper" else (*first, "dkdv", "dq")
 
 
 def info(
@@ -223,8 +312,9 @@ def info(
 
     Returns:
         version, torch, triton (versions, "" for a Triton that is not there), device, device_name, head_dim (the range
-        served), backends {name: "served" or why not, for q's dtype and head_dim or float16 and 64}, backend (the one
-        that would run) and, with q, configs {kernel: {config, reason}}, empty for the torch backend, without tiles.
+        served), backends {name: "served" or why not, for this call or for float16 and head_dim 64}, backend (the one
+        that would run the forward) and, with q, configs {kernel: {config, reason}} of the forward and the backward,
+        empty for the torch backend, which has no tiles.
 
     Raises:
         ValueError: as the call itself would, or a part of a call came without q.
@@ -235,7 +325,7 @@ def info(
             raise ValueError("q must be given where any other argument of a call is")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, head_dim = torch.float16, 64
-        backend, configs = choose("auto", device, dtype), {}
+        backend, configs, hopper = choose("auto", device, dtype), {}, hopper_refuses(device, dtype)
     else:
         check_flag("return_lse", keywords.pop("return_lse", False))
         for name in keywords.keys() - signature(Problem.of).parameters.keys():
@@ -243,9 +333,11 @@ def info(
         k = q if k is None else k
         problem = Problem.of(q, k, k if v is None else v, **keywords)
         device, dtype, head_dim = problem.q.device, problem.q.dtype, max(problem.q.shape[3], problem.v.shape[3])
-        backend = chosen(problem)
-        choices = {} if backend == "torch" else {kernel: tuned(problem, kernel) for kernel in KERNELS}
-        configs = {"configs": {kernel: choice._asdict() for kernel, choice in choices.items()}}
+        backend, hopper = chosen(problem), hopper_lacks(problem, "forward")
+        if hopper is None and backend != "hopper":
+            hopper = "served by name; it has not been timed to be faster here"
+        kernels = kernels_of(problem, backend)
+        configs = {"configs": {kernel: tuned(problem, kernel)._asdict() for kernel in kernels}}
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -253,7 +345,10 @@ def info(
         "device": str(device),
         "device_name": gpu_of(device) or device.type,
         "head_dim": f"1 to {MAX_HEAD_DIM}",
-        "backends": {name: refusal(name, device, dtype, head_dim) or "served" for name in PREFERENCE},
+        "backends": {
+            "hopper": hopper or "served",
+            **{name: refusal(name, device, dtype, head_dim) or "served" for name in PREFERENCE[1:]},
+        },
         "backend": backend,
         **configs,
     }

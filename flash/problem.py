@@ -67,6 +67,7 @@ class Problem:
         backend: "auto", "triton", "hopper" or "torch".
         configs: for each of the kernels forward, dkdv and dq the user's Config, or None for the tuned one.
         one_head: q, k and v came without an axis of heads.
+        deterministic: gradients must repeat bit for bit.
     """
 
     q: torch.Tensor
@@ -79,6 +80,7 @@ class Problem:
     backend: str
     configs: tuple[Config | None, Config | None, Config | None]
     one_head: bool
+    deterministic: bool = False
 
     @classmethod
     def of(
@@ -123,10 +125,11 @@ class Problem:
         q, k, v, one_head = check_tensors(q, k, v, packed)
         device, heads, seqlen_q, seqlen_k = q.device, q.shape[1], q.shape[2], k.shape[2]
         check_flag("causal", causal)
-        if deterministic is not None:
-            check_flag("deterministic", deterministic)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        check_flag("deterministic", deterministic)
         check_backend(backend)
-        configs = check_config(config)
+        configs = check_config(config, backend)
         left, right = check_window(window)
         scale, softcap, dropout_p = check_scale(scale, q.shape[3]), check_softcap(softcap), check_dropout(dropout_p)
 
@@ -191,7 +194,7 @@ class Problem:
             precision=precision_of(q),
         )
         positions = positions_of(offset, left, right)
-        return cls(q, k, v, mods, spec, scale, positions, backend, configs, one_head)
+        return cls(q, k, v, mods, spec, scale, positions, backend, configs, one_head, deterministic)
 
 
 def positions_of(offset: int, left: int | None, right: int | None) -> Positions:

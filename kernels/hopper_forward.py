@@ -378,6 +378,13 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
+def candidates(head_dim: int, banded: bool) -> tuple[Config, ...]:
+    """The configurations for a head dimension that `unserved` lets pass; banded: causal, or with a window."""
+    columns = tile_of(head_dim)
+    assert columns is not None
+    return CONFIGS[columns, banded]
+
+
 def options_of(config: Config) -> dict[str, int]:
     """The compiler's options for a configuration; warp specialisation adds to the first consumer's four warps.
 

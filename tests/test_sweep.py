@@ -24,7 +24,7 @@ from flash.kernels.spec import Config
 
 ROOT = Path(__file__).parents[1]
 TARGET, GPU = "cuda:90", "NVIDIA H200"
-CELLS = list(sweep.cells(["bfloat16"], [64], [1024, 8192]))
+CELLS = list(sweep.cells(TARGET, ["bfloat16"], [64], [1024, 8192]))
 
 
 def compile(target: str, kernel: str, variant: Variant, config: Config) -> Report:

@@ -1,0 +1,143 @@
+"""Which calls the Hopper kernels get: asked for by name, or where a table has timed them to be faster; with the reason.
+
+There is no such GPU here: `hopper` pretends, and what the kernels return is never looked at.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import flash
+from flash import dispatch
+from flash.autotune import tables
+from flash.kernels.spec import Config, Gradients
+from flash.problem import Problem
+
+GPU = torch.device("cuda", 0)
+NAME = "NVIDIA H200"
+PLAIN, OWN = Config(128, 64, 8, 3), Config(128, 128, 8, 2)
+
+
+def rows(hopper: float, plain: float) -> tuple[tables.Row, ...]:
+    """A table's rows for bfloat16 at head_dim 128, with milliseconds of the Hopper kernels and of the plain ones."""
+    times = {"forward": plain, "dkdv": plain, "dq": plain, "hopper_forward": hopper, "hopper_backward": 2 * hopper}
+    return tuple(
+        tables.Row(name, "bfloat16", 128, None, None, None, OWN if name in tables.HOPPER else PLAIN, 1024, 0, ms)
+        for name, ms in times.items()
+    )
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Pretends that tensors lie on an H200; call it with rows to give that GPU a table."""
+    found: list[tables.Table] = []
+
+    def give(given: tuple[tables.Row, ...]) -> None:
+        found[:] = [tables.Table("cuda:90", NAME, "3.7.1", tables.kernel_hash(), True, given)]
+        forget()
+
+    monkeypatch.setattr(dispatch, "triton_release", lambda: (3, 7))
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "target_of", lambda device: "cuda:90")
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: NAME)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.Tensor, "device", GPU)
+    monkeypatch.setattr(tables, "user_table", lambda target, gpu: found[0] if found and gpu == NAME else None)
+    forget()
+    yield give
+    forget()
+
+
+def forget() -> None:
+    for function in (tables._choose, tables.timed, tables.is_faster):
+        function.cache_clear()
+
+
+def call(**keywords: Any) -> Problem:
+    q = torch.empty(1, 4, 100, 128, dtype=torch.bfloat16)
+    return Problem.of(q, q[:, :2], q[:, :2], **keywords)
+
+
+def test_until_they_are_timed_they_are_taken_by_name_only(hopper: Any) -> None:
+    assert dispatch.chosen(call()) == "triton"
+    assert dispatch.chosen(call(backend="hopper")) == "hopper"
+    assert dispatch.chosen(call(backend="hopper"), "backward") == "hopper"
+    found = flash.info(call().q)
+    assert found["backend"] == "triton" and "not been timed" in found["backends"]["hopper"]
+    by_name = flash.info(call().q, backend="hopper")
+    assert by_name["backends"]["hopper"] == "served"
+    assert by_name["configs"].keys() == {"hopper_forward", "hopper_backward"}
+    assert "untimed" in by_name["configs"]["hopper_forward"]["reason"]
+
+
+def test_a_table_that_timed_them_faster_makes_them_the_choice(hopper: Any) -> None:
+    hopper(rows(1.0, 2.0))
+    for part in ("forward", "backward"):
+        assert dispatch.chosen(call(), part) == "hopper"
+    assert dispatch.tuned(call(), "hopper_forward") == tables.Choice(OWN, f"timed on {NAME}")
+    assert flash.info(call().q)["configs"].keys() == {"hopper_forward", "hopper_backward"}
+    hopper(rows(2.1, 2.0))
+    assert [dispatch.chosen(call(), part) for part in ("forward", "backward")] == ["triton", "triton"]
+
+
+def test_each_direction_is_chosen_for_itself(hopper: Any) -> None:
+    hopper(tuple(row for row in rows(1.0, 2.0) if row.kernel != "hopper_backward"))
+    assert [dispatch.chosen(call(), part) for part in ("forward", "backward")] == ["hopper", "triton"]
+    assert flash.info(call().q)["configs"].keys() == {"hopper_forward", "dkdv", "dq"}
+
+
+def test_deterministic_gradients_are_handed_to_the_plain_kernels(hopper: Any) -> None:
+    hopper(rows(1.0, 2.0))
+    given = call(deterministic=True)
+    assert [dispatch.chosen(given, part) for part in ("forward", "backward")] == ["hopper", "triton"]
+    with pytest.raises(NotImplementedError, match="deterministic"):
+        dispatch.chosen(call(deterministic=True, backend="hopper"), "backward")
+
+
+def test_torch_s_own_switch_makes_a_call_deterministic() -> None:
+    q = torch.randn(1, 1, 3, 4)
+    assert not Problem.of(q, q, q).deterministic
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert Problem.of(q, q, q).deterministic
+        assert not Problem.of(q, q, q, deterministic=False).deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "keywords, reason",
+    [
+        ({"bias": torch.zeros(100, 100)}, "a bias, which the Hopper kernels lack"),
+        ({"mask": torch.ones(100, 100, dtype=torch.bool)}, "a mask, which the Hopper kernels lack"),
+        ({"dropout_p": 0.1}, "dropout, which the Hopper kernels lack"),
+    ],
+)
+def test_what_they_lack_is_said_and_goes_to_the_plain_kernels(hopper: Any, keywords: Any, reason: str) -> None:
+    hopper(rows(1.0, 2.0))
+    assert dispatch.chosen(call(**keywords)) == "triton"
+    assert reason in flash.info(call().q, **keywords)["backends"]["hopper"]
+    with pytest.raises(NotImplementedError, match=f"{reason}; use backend='auto'"):
+        dispatch.chosen(call(**keywords, backend="hopper"))
+
+
+def test_a_gradient_of_some_operands_is_asked_of_the_plain_kernels(hopper: Any) -> None:
+    hopper(rows(1.0, 2.0))
+    assert dispatch.chosen(call(), "backward", Gradients(True, False, False)) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 0)])
+def test_other_gpus_are_refused(hopper: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(NotImplementedError, match=f"9.0, cuda:0 has {capability[0]}.{capability[1]}"):
+        dispatch.chosen(call(backend="hopper"))
+
+
+def test_a_config_of_three_warpgroups_is_theirs_alone() -> None:
+    three = Config(192, 128, 12, 2)
+    q = torch.randn(1, 1, 3, 64)
+    assert Problem.of(q, q, q, backend="hopper", config=three).configs[0] == three
+    with pytest.raises(ValueError, match="block_m must be one of"):
+        Problem.of(q, q, q, config=three)
