@@ -24,7 +24,7 @@ EVERY: tl.constexpr = tl.constexpr(-2)  # Blocks.state of a block whose pairs ar
 @triton.jit
 def units(scale, spec: tl.constexpr, ACC: tl.constexpr):
     """What one unit of score is worth: (in natural logarithm, in base 2); multiplied in 64 bits."""
-    worth = scale if spec.raw else 0.0 * scale + 1.0
+    worth = tl.cast(scale if spec.raw else 1.0, tl.float64)
     return worth.to(ACC), (worth * LOG2E).to(ACC)
 
 
@@ -34,7 +34,7 @@ def score(qk, at, mods, sizes, scale, spec: tl.constexpr):
     if spec.raw:
         return qk
     else:
-        s = added(capped(qk * scale.to(qk.dtype), spec), at, mods, sizes, spec)
+        s = added(capped(qk * tl.cast(scale, qk.dtype), spec), at, mods, sizes, spec)
         if mods.score_fn is not None:
             i, j = clamped(at, sizes)
             s = mods.score_fn(s, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
@@ -46,7 +46,7 @@ def gradient(ds, qk, at, mods, sizes, scale, spec: tl.constexpr):
     """From the gradient of s those of z and of x; where pairs are hidden, they are not yet 0."""
     dz, dx = ds, ds
     if not spec.raw:
-        x = qk * scale.to(qk.dtype)
+        x = qk * tl.cast(scale, qk.dtype)
         if mods.score_fn is not None:
             i, j = clamped(at, sizes)
             z = added(capped(x, spec), at, mods, sizes, spec)
@@ -61,7 +61,7 @@ def gradient(ds, qk, at, mods, sizes, scale, spec: tl.constexpr):
 @triton.jit
 def derivative(total, scale):
     """Gradient with respect to q.k, summed over a row or a column, from the same sum with respect to x."""
-    return total * scale.to(total.dtype)
+    return total * tl.cast(scale, total.dtype)
 
 
 @triton.jit

@@ -41,17 +41,25 @@ def step(s, m, l, unit, PRECISE: tl.constexpr):
 @triton.jit
 def finish(acc, m, l, natural, mods, b, h):
     """(o [M, D], lse [M]); a row without keys has o = 0 and lse = -inf, or the sink."""
+    weight, l, lse = totals(m, l, natural, mods, b, h)
+    if mods.sinks is not None:
+        acc = acc * weight[:, None]
+    return acc / l[:, None], lse
+
+
+@triton.jit
+def totals(m, l, natural, mods, b, h):
+    """(weight, divisor, lse), each [M]: o is acc weight / divisor; without sinks the weight stands for 1."""
     m = m * natural
+    weight = l
     if mods.sinks is not None:
         sink = tl.load(tile.origin(mods.sinks, b, h)).to(m.dtype)
         top = tl.maximum(m, sink)
         pivot = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp2((m - pivot) * LOG2E)
         l = l * weight + tl.exp2((sink - pivot) * LOG2E)
-        acc = acc * weight[:, None]
         m = top
-    o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    return o, m + tl.log2(l) * LN2
+    return weight, tl.where(l == 0.0, 1.0, l), m + tl.log2(l) * LN2
 
 
 @triton.jit
