@@ -46,10 +46,8 @@ class Buffers(NamedTuple):
 
 class Barriers(NamedTuple):
     kv_full: Any  # [consumers]
-    q_full: Any  # [slots]
-    q_empty: Any
-    do_full: Any
-    do_empty: Any
+    full: Any  # [slots]
+    empty: Any
     finite: Any  # [1]
     ds_full: Any
     ds_empty: Any
@@ -79,15 +77,14 @@ def producer(q, k, v, do, lse, delta, smem, bars, walk, mods, sizes, spec: gl.co
             for t in range(band.tiles(walk.run, mods, spec, 0, BLOCK_M, PARTIAL)):
                 row = band.start(walk.run, t, mods, spec, 0, BLOCK_M, PARTIAL)
                 slot, lap = n % SLOTS, n // SLOTS & 1
-                mbarrier.wait(bars.q_empty.index(slot), lap ^ 1)
+                full = bars.full.index(slot)
                 stats = (walk.b * sizes.heads + h) * sizes.seqlen_q + row
-                mbarrier.expect(bars.q_full.index(slot), q.block_type.nbytes + lse.block_type.nbytes)
-                load_tile(q, [walk.b, h, row, 0], bars.q_full.index(slot), smem.q.index(slot))
-                load_tile(lse, [stats], bars.q_full.index(slot), smem.lse.index(slot))
-                mbarrier.wait(bars.do_empty.index(slot), lap ^ 1)
-                mbarrier.expect(bars.do_full.index(slot), do.block_type.nbytes + delta.block_type.nbytes)
-                load_tile(do, [walk.b, h, row, 0], bars.do_full.index(slot), smem.do.index(slot))
-                load_tile(delta, [stats], bars.do_full.index(slot), smem.delta.index(slot))
+                mbarrier.wait(bars.empty.index(slot), lap ^ 1)
+                mbarrier.expect(full, 2 * (q.block_type.nbytes + lse.block_type.nbytes))
+                load_tile(q, [walk.b, h, row, 0], full, smem.q.index(slot))
+                load_tile(lse, [stats], full, smem.lse.index(slot))
+                load_tile(do, [walk.b, h, row, 0], full, smem.do.index(slot))
+                load_tile(delta, [stats], full, smem.delta.index(slot))
                 n += 1
 
 
@@ -108,7 +105,7 @@ def fold(x):
 
 
 @gluon.jit
-def product_dq(smem, part):
+def product_dq(smem, part, n):
     """Start the part of ds k that lies in these COLS columns: [BLOCK_M, COLS]."""
     CONSUMERS: gl.constexpr = smem.ds.shape[0]
     BLOCK_M: gl.constexpr = smem.ds.shape[2]
@@ -116,8 +113,8 @@ def product_dq(smem, part):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     acc = gl.zeros([BLOCK_M, COLS], gl.float32, LAYOUT)
     for i in gl.static_range(CONSUMERS):
-        keys = smem.k_finite.index(part * CONSUMERS + i)
-        acc = warpgroup_mma(smem.ds.index(i).permute((1, 0)), keys, acc, use_acc=i > 0, is_async=True)
+        keys = smem.k_finite.index(part * CONSUMERS + i + (n >> 30))
+        acc = warpgroup_mma(smem.ds.index(i + (n >> 30)).permute((1, 0)), keys, acc, use_acc=i > 0, is_async=True)
     return acc
 
 
@@ -132,7 +129,7 @@ def add(place, x):
 
 @gluon.jit
 def consumer(
-    me: gl.constexpr, dk, dv, dq, smem, bars, walk, mods, sizes, scale,
+    me: gl.constexpr, dk, dv, dq, smem, bars, walk, mods, sizes, scale, natural, unit,
     spec: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = smem.k.shape[0]
@@ -147,7 +144,6 @@ def consumer(
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     dtype: gl.constexpr = dk.dtype
 
-    natural, unit = score.units(scale, spec, gl.float32)
     k, v = smem.k.index(me).reshape([ROWS, D]), smem.v.index(me).reshape([ROWS, D])
     lanes = gl.arange(0, BLOCK_M, gl.SliceLayout(0, S))
     j = (walk.col + me * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S)))[:, None]
@@ -167,9 +163,8 @@ def consumer(
                 slot, lap = n % SLOTS, n // SLOTS & 1
                 at = Site(walk.b, h, (row + lanes)[None, :], j, walk.offset, 0, 0)
                 q, do = smem.q.index(slot).reshape([BLOCK_M, D]), smem.do.index(slot).reshape([BLOCK_M, D])
-                mbarrier.wait(bars.q_full.index(slot), lap)
+                mbarrier.wait(bars.full.index(slot), lap)
                 if PARTIAL:
-                    mbarrier.wait(bars.do_full.index(slot), lap)
                     mine_q, mine_do = q.slice(me * SHARE, SHARE, 0), do.slice(me * SHARE, SHARE, 0)
                     make_finite(mine_q, mine_q, D)
                     make_finite(mine_do, mine_do, D)
@@ -179,40 +174,37 @@ def consumer(
                     edges += 1
                 lse_row = smem.lse.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 qk = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
-                if not PARTIAL:
-                    mbarrier.wait(bars.do_full.index(slot), lap)
-                delta_row = smem.delta.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
                 qk = warpgroup_mma_wait(1, deps=(qk,))
                 s = score.score(qk, at, mods, sizes, scale, spec)
                 p = softmax.probability(s, softmax.closed(lse_row), natural, unit, False)
+                delta_row = smem.delta.index(slot).load(gl.SliceLayout(0, S))[None, :]
                 if PARTIAL:
                     keep = score.visible(at, mods, sizes, spec)
                     p = gl.where(keep, p + (delta_row - delta_row), 0.0)
+                _, slope = score.gradient(p, qk, at, mods, sizes, scale, spec)  # of x, for a dp - delta of 1
                 dv_acc = warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), do, dv_acc, is_async=True)
+                if dq is not None:  # the branch keeps ptxas from waiting before the exponentials
+                    mbarrier.wait(bars.ds_empty, n & 1 ^ 1)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-                ds = p * (dp - delta_row)
-                _, dx = score.gradient(ds, qk, at, mods, sizes, scale, spec)
+                dx = slope * (dp - delta_row)
                 if PARTIAL:
                     dx = gl.where(keep, dx, 0.0)
                 dx = dx.to(dtype)
                 dk_acc = warpgroup_mma(gl.convert_layout(dx, LEFT), q, dk_acc, is_async=True)
                 if dq is None:
                     dv_acc, dk_acc = warpgroup_mma_wait(0, deps=(dv_acc, dk_acc))
-                    mbarrier.arrive(bars.do_empty.index(slot), count=1)
-                    mbarrier.arrive(bars.q_empty.index(slot), count=1)
+                    mbarrier.arrive(bars.empty.index(slot), count=1)
                 else:
-                    mbarrier.wait(bars.ds_empty, n & 1 ^ 1)
                     smem.ds.index(me).store(dx)
                     fence_async_shared()
                     mbarrier.arrive(bars.ds_full, count=1)
                     mbarrier.wait(bars.ds_full, n & 1)
                     for mine in gl.static_range(PARTS // CONSUMERS):
-                        tile_dq = product_dq(smem, me * (PARTS // CONSUMERS) + mine)
+                        tile_dq = product_dq(smem, me * (PARTS // CONSUMERS) + mine, n)
                         if mine == 0:
                             dv_acc, dk_acc = warpgroup_mma_wait(CONSUMERS, deps=(dv_acc, dk_acc))
-                            mbarrier.arrive(bars.do_empty.index(slot), count=1)
-                            mbarrier.arrive(bars.q_empty.index(slot), count=1)
+                            mbarrier.arrive(bars.empty.index(slot), count=1)
                         tile_dq = warpgroup_mma_wait(0, deps=(tile_dq,))
                         if mine == PARTS // CONSUMERS - 1:
                             mbarrier.arrive(bars.ds_empty, count=1)
@@ -244,6 +236,8 @@ def backward_kernel(
     run = band.of_queries(col, b, h_k, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     walk = Walk(b, h_k, col, offset, run)
 
+    natural, unit = score.units(scale, spec, gl.float32)
+    scale = tl.cast(scale, gl.float32)
     K_FINITE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLS], dtype)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -259,10 +253,8 @@ def backward_kernel(
     )
     bars = Barriers(
         kv_full=gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER),
-        q_full=gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
-        q_empty=gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
-        do_full=gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
-        do_empty=gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
+        full=gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
+        empty=gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER),
         finite=gl.allocate_shared_memory(gl.int64, [1], BARRIER),
         ds_full=gl.allocate_shared_memory(gl.int64, [1], BARRIER),
         ds_empty=gl.allocate_shared_memory(gl.int64, [1], BARRIER),
@@ -270,17 +262,15 @@ def backward_kernel(
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(bars.kv_full.index(i), count=1)
     for i in gl.static_range(SLOTS):
-        mbarrier.init(bars.q_full.index(i), count=1)
-        mbarrier.init(bars.do_full.index(i), count=1)
-        mbarrier.init(bars.q_empty.index(i), count=CONSUMERS)
-        mbarrier.init(bars.do_empty.index(i), count=CONSUMERS)
+        mbarrier.init(bars.full.index(i), count=1)
+        mbarrier.init(bars.empty.index(i), count=CONSUMERS)
     mbarrier.init(bars.finite, count=CONSUMERS)
     mbarrier.init(bars.ds_full, count=CONSUMERS)
     mbarrier.init(bars.ds_empty, count=CONSUMERS)
     gl.warp_specialize(
         [
-            (consumer, (0, dk, dv, dq, smem, bars, walk, mods, sizes, scale, spec, GROUP)),
-            (consumer, (1, dk, dv, dq, smem, bars, walk, mods, sizes, scale, spec, GROUP)),
+            (consumer, (0, dk, dv, dq, smem, bars, walk, mods, sizes, scale, natural, unit, spec, GROUP)),
+            (consumer, (1, dk, dv, dq, smem, bars, walk, mods, sizes, scale, natural, unit, spec, GROUP)),
             (producer, (q, k, v, do, lse, delta, smem, bars, walk, mods, sizes, spec, GROUP)),
         ],
         [4, 1],
