@@ -62,6 +62,15 @@ class Walk(NamedTuple):
 
 
 @gluon.jit
+def following(h, t, tiles, GROUP: gl.constexpr):
+    if GROUP == 1:
+        return h, t + 1
+    else:
+        last = t == tiles - 1
+        return tl.where(last, h + 1, h), tl.where(last, 0, t + 1)
+
+
+@gluon.jit
 def producer(q, k, v, do, lse, delta, smem, bars, walk, mods, sizes, spec: gl.constexpr, GROUP: gl.constexpr):
     CONSUMERS: gl.constexpr = smem.k.shape[0]
     SLOTS: gl.constexpr = smem.q.shape[0]
@@ -72,20 +81,21 @@ def producer(q, k, v, do, lse, delta, smem, bars, walk, mods, sizes, spec: gl.co
         load_tile(v, [walk.b, walk.h_k, walk.col + i * ROWS, 0], bars.kv_full.index(i), smem.v.index(i))
     n = 0
     for PARTIAL in gl.static_range(2):
-        for g in range(GROUP):
-            h = walk.h_k * GROUP + g
-            for t in range(band.tiles(walk.run, mods, spec, 0, BLOCK_M, PARTIAL)):
-                row = band.start(walk.run, t, mods, spec, 0, BLOCK_M, PARTIAL)
-                slot, lap = n % SLOTS, n // SLOTS & 1
-                full = bars.full.index(slot)
-                stats = (walk.b * sizes.heads + h) * sizes.seqlen_q + row
-                mbarrier.wait(bars.empty.index(slot), lap ^ 1)
-                mbarrier.expect(full, 2 * (q.block_type.nbytes + lse.block_type.nbytes))
-                load_tile(q, [walk.b, h, row, 0], full, smem.q.index(slot))
-                load_tile(lse, [stats], full, smem.lse.index(slot))
-                load_tile(do, [walk.b, h, row, 0], full, smem.do.index(slot))
-                load_tile(delta, [stats], full, smem.delta.index(slot))
-                n += 1
+        tiles = band.tiles(walk.run, mods, spec, 0, BLOCK_M, PARTIAL)
+        h, t = walk.h_k * GROUP, 0
+        for _ in range(GROUP * tiles):
+            row = band.start(walk.run, t, mods, spec, 0, BLOCK_M, PARTIAL)
+            slot, lap = n % SLOTS, n // SLOTS & 1
+            full = bars.full.index(slot)
+            stats = (walk.b * sizes.heads + h) * sizes.seqlen_q + row
+            mbarrier.wait(bars.empty.index(slot), lap ^ 1)
+            mbarrier.expect(full, 2 * (q.block_type.nbytes + lse.block_type.nbytes))
+            load_tile(q, [walk.b, h, row, 0], full, smem.q.index(slot))
+            load_tile(lse, [stats], full, smem.lse.index(slot))
+            load_tile(do, [walk.b, h, row, 0], full, smem.do.index(slot))
+            load_tile(delta, [stats], full, smem.delta.index(slot))
+            n += 1
+            h, t = following(h, t, tiles, GROUP)
 
 
 @gluon.jit
@@ -144,7 +154,6 @@ def consumer(
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     dtype: gl.constexpr = dk.dtype
 
-    k, v = smem.k.index(me).reshape([ROWS, D]), smem.v.index(me).reshape([ROWS, D])
     lanes = gl.arange(0, BLOCK_M, gl.SliceLayout(0, S))
     j = (walk.col + me * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S)))[:, None]
     no_s = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
@@ -152,65 +161,69 @@ def consumer(
     dv_acc = gl.zeros([ROWS, D], gl.float32, ACC)
     mbarrier.wait(bars.kv_full.index(me), 0)
     for part in gl.static_range(PARTS):
-        make_finite(k.slice(part * COLS, COLS, 1), smem.k_finite.index(part * CONSUMERS + me), COLS)
+        make_finite(smem.k.index(me).reshape([ROWS, D]).slice(part * COLS, COLS, 1), smem.k_finite.index(part * CONSUMERS + me), COLS)
     n = 0
     edges = 0
     for PARTIAL in gl.static_range(2):
-        for g in range(GROUP):
-            h = walk.h_k * GROUP + g
-            for t in range(band.tiles(walk.run, mods, spec, 0, BLOCK_M, PARTIAL)):
-                row = band.start(walk.run, t, mods, spec, 0, BLOCK_M, PARTIAL)
-                slot, lap = n % SLOTS, n // SLOTS & 1
-                at = Site(walk.b, h, (row + lanes)[None, :], j, walk.offset, 0, 0)
-                q, do = smem.q.index(slot).reshape([BLOCK_M, D]), smem.do.index(slot).reshape([BLOCK_M, D])
-                mbarrier.wait(bars.full.index(slot), lap)
-                if PARTIAL:
-                    mine_q, mine_do = q.slice(me * SHARE, SHARE, 0), do.slice(me * SHARE, SHARE, 0)
-                    make_finite(mine_q, mine_q, D)
-                    make_finite(mine_do, mine_do, D)
-                    fence_async_shared()
-                    mbarrier.arrive(bars.finite, count=1)
-                    mbarrier.wait(bars.finite, edges & 1)
-                    edges += 1
-                lse_row = smem.lse.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                qk = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
-                dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
-                qk = warpgroup_mma_wait(1, deps=(qk,))
-                s = score.score(qk, at, mods, sizes, scale, spec)
-                p = softmax.probability(s, softmax.closed(lse_row), natural, unit, False)
-                delta_row = smem.delta.index(slot).load(gl.SliceLayout(0, S))[None, :]
-                if PARTIAL:
-                    keep = score.visible(at, mods, sizes, spec)
-                    p = gl.where(keep, p + (delta_row - delta_row), 0.0)
-                _, slope = score.gradient(p, qk, at, mods, sizes, scale, spec)  # of x, for a dp - delta of 1
-                dv_acc = warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), do, dv_acc, is_async=True)
-                if dq is not None:  # the branch keeps ptxas from waiting before the exponentials
-                    mbarrier.wait(bars.ds_empty, n & 1 ^ 1)
-                dp = warpgroup_mma_wait(1, deps=(dp,))
-                dx = slope * (dp - delta_row)
-                if PARTIAL:
-                    dx = gl.where(keep, dx, 0.0)
-                dx = dx.to(dtype)
-                dk_acc = warpgroup_mma(gl.convert_layout(dx, LEFT), q, dk_acc, is_async=True)
-                if dq is None:
-                    dv_acc, dk_acc = warpgroup_mma_wait(0, deps=(dv_acc, dk_acc))
-                    mbarrier.arrive(bars.empty.index(slot), count=1)
-                else:
-                    smem.ds.index(me).store(dx)
-                    fence_async_shared()
-                    mbarrier.arrive(bars.ds_full, count=1)
-                    mbarrier.wait(bars.ds_full, n & 1)
-                    for mine in gl.static_range(PARTS // CONSUMERS):
-                        tile_dq = product_dq(smem, me * (PARTS // CONSUMERS) + mine, n)
-                        if mine == 0:
-                            dv_acc, dk_acc = warpgroup_mma_wait(CONSUMERS, deps=(dv_acc, dk_acc))
-                            mbarrier.arrive(bars.empty.index(slot), count=1)
-                        tile_dq = warpgroup_mma_wait(0, deps=(tile_dq,))
-                        if mine == PARTS // CONSUMERS - 1:
-                            mbarrier.arrive(bars.ds_empty, count=1)
-                        start = row * D + (me * (PARTS // CONSUMERS) + mine) * (BLOCK_M * COLS)
-                        add(tile.origin(dq, walk.b, h) + start, tile_dq)
-                n += 1
+        tiles = band.tiles(walk.run, mods, spec, 0, BLOCK_M, PARTIAL)
+        h, t = walk.h_k * GROUP, 0
+        for _ in range(GROUP * tiles):
+            row = band.start(walk.run, t, mods, spec, 0, BLOCK_M, PARTIAL)
+            slot, lap = n % SLOTS, n // SLOTS & 1
+            at = Site(walk.b, h, (row + lanes)[None, :], j, walk.offset, 0, 0)
+            own = me + (n >> 30)
+            k, v = smem.k.index(own).reshape([ROWS, D]), smem.v.index(own).reshape([ROWS, D])
+            q, do = smem.q.index(slot).reshape([BLOCK_M, D]), smem.do.index(slot).reshape([BLOCK_M, D])
+            mbarrier.wait(bars.full.index(slot), lap)
+            if PARTIAL:
+                mine_q, mine_do = q.slice(me * SHARE, SHARE, 0), do.slice(me * SHARE, SHARE, 0)
+                make_finite(mine_q, mine_q, D)
+                make_finite(mine_do, mine_do, D)
+                fence_async_shared()
+                mbarrier.arrive(bars.finite, count=1)
+                mbarrier.wait(bars.finite, edges & 1)
+                edges += 1
+            lse_row = smem.lse.index(slot).load(gl.SliceLayout(0, S))[None, :]
+            qk = warpgroup_mma(k, q.permute((1, 0)), no_s, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, do.permute((1, 0)), no_s, use_acc=False, is_async=True)
+            qk = warpgroup_mma_wait(1, deps=(qk,))
+            s = score.score(qk, at, mods, sizes, scale, spec)
+            p = softmax.probability(s, softmax.closed(lse_row), natural, unit, False)
+            delta_row = smem.delta.index(slot).load(gl.SliceLayout(0, S))[None, :]
+            if PARTIAL:
+                keep = score.visible(at, mods, sizes, spec)
+                p = gl.where(keep, p + (delta_row - delta_row), 0.0)
+            _, slope = score.gradient(p, qk, at, mods, sizes, scale, spec)  # of x, for a dp - delta of 1
+            dv_acc = warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), do, dv_acc, is_async=True)
+            if dq is not None:  # the branch keeps ptxas from waiting before the exponentials
+                mbarrier.wait(bars.ds_empty, n & 1 ^ 1)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            dx = slope * (dp - delta_row)
+            if PARTIAL:
+                dx = gl.where(keep, dx, 0.0)
+            dx = dx.to(dtype)
+            dk_acc = warpgroup_mma(gl.convert_layout(dx, LEFT), q, dk_acc, is_async=True)
+            if dq is None:
+                dv_acc, dk_acc = warpgroup_mma_wait(0, deps=(dv_acc, dk_acc))
+                mbarrier.arrive(bars.empty.index(slot), count=1)
+            else:
+                smem.ds.index(own).store(dx)
+                fence_async_shared()
+                mbarrier.arrive(bars.ds_full, count=1)
+                mbarrier.wait(bars.ds_full, n & 1)
+                for mine in gl.static_range(PARTS // CONSUMERS):
+                    tile_dq = product_dq(smem, me * (PARTS // CONSUMERS) + mine, n)
+                    if mine == 0:
+                        dv_acc, dk_acc = warpgroup_mma_wait(CONSUMERS, deps=(dv_acc, dk_acc))
+                        mbarrier.arrive(bars.empty.index(slot), count=1)
+                    tile_dq = warpgroup_mma_wait(0, deps=(tile_dq,))
+                    if mine == PARTS // CONSUMERS - 1:
+                        mbarrier.arrive(bars.ds_empty, count=1)
+                    start = row * D + (me * (PARTS // CONSUMERS) + mine) * (BLOCK_M * COLS)
+                    add(tile.origin(dq, walk.b, h) + start, tile_dq)
+            n += 1
+            h, t = following(h, t, tiles, GROUP)
+    k, v = smem.k.index(me).reshape([ROWS, D]), smem.v.index(me).reshape([ROWS, D])
     k.store(score.derivative(dk_acc, scale).to(dtype))
     v.store(dv_acc.to(dtype))
     fence_async_shared()
