@@ -19,6 +19,7 @@ import torch
 
 from flash.kernels.spec import Blocks, Config, Operands, Shape, Sizes, Spans, Spec, View
 
+from . import gluon
 from .listing import Loop, matrix_loops
 from .space import FEATURES, Variant
 from .tables import HEAD_DIMS, ITEMSIZE, lookup, shared_limit
@@ -29,6 +30,7 @@ POINTER_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp3
     torch.int64: "i64",
 }
 TENSOR_MEMORY = 512  # columns that one program may have on sm_100
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", *gluon.KERNELS)
 EMPTY_KERNEL = 16  # a kernel of fewer registers than this has lost its body
 
 
@@ -84,7 +86,7 @@ def report(target: str, kernel: str, variant: Variant, config: Config, listing: 
 
     Args:
         target: "cuda:80", "cuda:90", "cuda:100", "hip:gfx942", ...
-        kernel: "forward", "delta", "dkdv", "dq" or "dbias".
+        kernel: one of KERNELS.
         variant: the call.
         config: the tiles.
         listing: whether to read the loops out of the disassembled kernel too.
@@ -110,7 +112,7 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
 
     Args:
         target: "cuda:90", "hip:gfx942".
-        kernel: "forward", "delta", "dkdv", "dq" or "dbias".
+        kernel: one of KERNELS.
         variant: the call.
         config: the tiles.
 
@@ -122,17 +124,20 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     function = _function(kernel)
     if not isinstance(function, triton.runtime.JITFunction):
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
     backend, _, arch = target.partition(":")
-    signature, constants, attributes = _specialise(function, target, variant, config)
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    if kernel in gluon.KERNELS and target != "cuda:90":  # the compiler aborts the process
+        raise RuntimeError(f"{kernel} is for cuda:90 alone, got {target}")
+    signature, constants, attributes = _specialise(kernel, function, target, variant, config)
+    source = gluon.source(function)(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     wave = 64 if arch.startswith("gfx9") else 32
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, wave)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if kernel in gluon.KERNELS:
+        options |= gluon.options(kernel, config)
     try:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:  # passes, LLVM and ptxas each have exceptions of their own
@@ -146,6 +151,8 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
 def _function(kernel: str) -> Any:
     from flash.kernels import backward, bias, forward
 
+    if kernel in gluon.KERNELS:
+        return gluon.function(kernel)
     functions = {
         "dbias": bias.dbias_kernel,
         "forward": forward.forward_kernel,
@@ -177,7 +184,7 @@ def _view(pointer: str, aligned: bool) -> View:
 
 
 def _specialise(
-    function: Any, target: str, variant: Variant, config: Config
+    kernel: str, function: Any, target: str, variant: Variant, config: Config
 ) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """(types, constants, divisibilities) of a kernel's arguments, as the launcher would find them for dense tensors."""
     constants: dict[tuple[int, ...], Any] = {}
@@ -193,19 +200,22 @@ def _specialise(
         members = [types_of(member, (*path, place)) for place, member in enumerate(value)]
         return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
 
-    values = _arguments(target, variant, config)
+    values = _arguments(kernel, target, variant, config)
     signature = {name: types_of(values[name], (at,)) for at, name in enumerate(function.arg_names)}
     return signature, constants, attributes
 
 
-def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
+def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> dict[str, Any]:
     """What each parameter of the kernels is given, as a tree of _Leaf."""
     dtype, acc = TYPES[variant.dtype], "fp64" if variant.dtype == "float64" else "fp32"
     wide, wide_v = (_view(dtype, head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
     one, stride = _Leaf("constexpr", 1), _Leaf("i32")
     rows = _pointer(acc)
     precision = "tf32x3" if variant.dtype == "float32" and target.startswith("cuda:") else "ieee"
-    padded = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
+    padded: Any = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
+    described: dict[str, str] = {}
+    if kernel in gluon.KERNELS:
+        padded, described = gluon.padded(variant), gluon.descriptors(variant, config)
     operands, chosen = _features(variant)
     spec = Spec(causal=variant.causal, raw=variant.raw, precision=precision)._replace(**chosen)
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
@@ -213,6 +223,8 @@ def _arguments(target: str, variant: Variant, config: Config) -> dict[str, Any]:
     return {
         **dict.fromkeys(("q", "k", "dq", "dk"), wide),
         **dict.fromkeys(("v", "o", "do", "dv"), wide_v),
+        **{name: _Leaf(type) for name, type in described.items()},
+        **{"keys": wide, "values": wide_v, "section": _Leaf("i32"), "SLOTS": _Leaf("constexpr", config.num_stages)},
         **dict.fromkeys(("lse", "delta"), rows),
         "dbias": _view(acc, True),
         "dlse": View(rows, stride, stride, one, one) if variant.dlse else _NONE,
@@ -360,7 +372,7 @@ def describe(what: str, made: Report) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line: report on one kernel for one or more targets; 1 where one would not launch."""
     parser = argparse.ArgumentParser(prog="python -m flash.autotune.resources", description=__doc__.split("\n")[0])
-    parser.add_argument("kernel", choices=("forward", "delta", "dkdv", "dq", "dbias"))
+    parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument(
         "--target", action="append", help="cuda:80, cuda:90 (default), cuda:100, hip:gfx942; may repeat"
     )

@@ -94,7 +94,7 @@ def cut(x: torch.Tensor, mods: Mods, operands: Operands, by_key: bool, block: in
     return (seqlen // block + len(mods.bad)) * heads, operands._replace(tiles=tiles)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any) -> None:
+def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **options: Any) -> None:
     """Run `programs` programs of a kernel on `device`, on its current stream; none is a launch of nothing.
 
     Args:
@@ -103,13 +103,14 @@ def launch(kernel: Any, programs: int, device: torch.device, config: Config, *ar
         device: where the tensors are; the caller's current device is left as it was.
         config: tile sizes, warps and stages.
         *args: the kernel's other arguments.
+        **options: of the compiler, in place of the configuration's or beside them.
 
     Raises:
         ValueError: the configuration needs more shared memory or registers than the device has.
     """
     if programs == 0:
         return
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(programs,)](*args, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **options)

@@ -1,0 +1,75 @@
+"""How Gluon kernels are compiled without a GPU: their descriptors, their options, and Triton's name for their source.
+
+What is private in Triton stands here and nowhere else: the class of a Gluon source, and how a descriptor is written in
+a signature (Triton 3.6 to 3.9).
+"""
+
+from typing import Any
+
+from flash.kernels.spec import Config
+
+from .space import Variant
+
+KERNELS = ("hopper_forward",)
+SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+def function(kernel: str) -> Any:
+    """The @gluon.jit function of a kernel.
+
+    Raises:
+        RuntimeError: this Triton has no Gluon.
+    """
+    try:
+        from flash.kernels import hopper_forward
+    except ImportError as error:
+        raise RuntimeError(f"{kernel} is written in Gluon, which this Triton lacks: {error}") from error
+    return {"hopper_forward": hopper_forward.forward_kernel}[kernel]
+
+
+def source(function: Any) -> Any:
+    """The class that holds the source of a jitted function."""
+    from triton.compiler import ASTSource
+
+    if not function.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def descriptor(dtype: str, rows: int, columns: int) -> str:
+    """The type of a descriptor of tiles [1, 1, rows, columns]."""
+    from triton.experimental.gluon import language as gl
+
+    block = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, dtype))
+    return f"tensordesc<{SHORT[dtype]}{block},{layout!r}>"
+
+
+def padded(variant: Variant) -> tuple[int, int]:
+    """Columns of the tiles that hold head_dim and head_dim_v."""
+    from flash.kernels.hopper_forward import tile_of
+
+    found = tile_of(variant.head_dim), tile_of(variant.head_dim_v)
+    if None in found:
+        raise ValueError(f"no tile holds head_dim {variant.head_dim} and head_dim_v {variant.head_dim_v}")
+    return found  # type: ignore[return-value]
+
+
+def descriptors(variant: Variant, config: Config) -> dict[str, str]:
+    """The types of the forward's descriptors, by parameter."""
+    columns, columns_v = padded(variant)
+    return {
+        "q_desc": descriptor(variant.dtype, 64, columns),
+        "k_desc": descriptor(variant.dtype, config.block_n, columns),
+        "v_desc": descriptor(variant.dtype, config.block_n, columns_v),
+        "o_desc": descriptor(variant.dtype, 64, columns_v),
+    }
+
+
+def options(kernel: str, config: Config) -> dict[str, int]:
+    """The compiler's options in a launch of a kernel with a Config."""
+    from flash.kernels.hopper_forward import options_of
+
+    return options_of(config)
