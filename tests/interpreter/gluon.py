@@ -36,7 +36,8 @@ import torch
 from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
-from tests.interpreter.values import LANGUAGE, TYPES, Pointer, Tensor, Type, steps
+from tests.interpreter.values import LANGUAGE as SHARED
+from tests.interpreter.values import TYPES, Pointer, Tensor, Type, steps
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 
@@ -443,6 +444,10 @@ HOPPER = {
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "warpgroup_mma_init": lambda x: x,
 }
+LANGUAGE = SHARED | {
+    "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
+    "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
+}
 GLUON = {
     **LANGUAGE,
     **dict.fromkeys(LAYOUTS, _layout),
@@ -453,8 +458,6 @@ GLUON = {
     "zeros_like": lambda x: _full(x.shape, 0, x.dtype),
     "convert_layout": lambda x, layout, assert_trivial=False: Tensor(x.data),
     "set_auto_layout": lambda x, layout: Tensor(x.data),
-    "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
-    "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
     "allocate_shared_memory": allocate_shared_memory,
     "warp_specialize": warp_specialize,
     "barrier": lambda **_: None,
