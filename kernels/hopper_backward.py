@@ -278,7 +278,7 @@ def consumer(
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, dq, mods,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, sums, mods,
     heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
     spec: gl.constexpr, shape: gl.constexpr, SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
@@ -290,9 +290,10 @@ def backward_kernel(
     offset = tile.first_position(mods, sizes, b)
     run = band.of_queries(col, b, h_k, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     natural, unit = score.units(scale, spec, gl.float32)
-    if dq is not None:
+    dq = sums
+    if sums is not None:
         rows = tl.cdiv(seqlen_q, BLOCK_M) * (BLOCK_M * D)
-        dq = View(dq, heads.to(gl.int64) * rows, rows, 1, 0)
+        dq = View(sums, heads.to(gl.int64) * rows, rows, 1, 0)
 
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D // CONSUMERS], dtype)
     DX_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
@@ -332,7 +333,22 @@ def backward_kernel(
             (consumer, (1, dk_desc, dv_desc, dq, smem, bars, walk, mods, sizes, units, spec, GROUP)),
             (
                 producer,
-                (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, smem, bars, walk, mods, heads, seqlen_q, spec, GROUP),
+                (
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    do_desc,
+                    lse_desc,
+                    delta_desc,
+                    smem,
+                    bars,
+                    walk,
+                    mods,
+                    heads,
+                    seqlen_q,
+                    spec,
+                    GROUP,
+                ),
             ),
         ],
         [4, 1],
@@ -342,7 +358,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def convert_kernel(
-    folded, dq, heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
+    sums, dq, heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
     shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head: from sums over x in the order of registers to dq."""
@@ -350,7 +366,7 @@ def convert_kernel(
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block, h, b = tile.locate(blocks, heads)
     place = ((b.to(tl.int64) * heads + h) * blocks + block) * (BLOCK_M * D)
-    total = unfolded(tl.load(folded + place + tl.arange(0, BLOCK_M * D)), D)
+    total = unfolded(tl.load(sums + place + tl.arange(0, BLOCK_M * D)), D)
     tile.store(dq, score.derivative(total, scale), b, h, block * BLOCK_M, seqlen_q, shape.head_dim)
 
 
@@ -455,16 +471,16 @@ def backward(
     columns = tile_of(shape.head_dim)
     shape = shape._replace(block_d=columns, block_dv=columns)
     blocks = triton.cdiv(q.shape[2], config.block_m)
-    total = None
+    sums = None
     if dq is not None:
-        total = torch.zeros(q.shape[0] * q.shape[1] * blocks * config.block_m * columns, device=q.device)
+        sums = torch.zeros(q.shape[0] * q.shape[1] * blocks * config.block_m * columns, device=q.device)
     tiles = (descriptor(x, ROWS.value, columns) for x in (q, k, v, do))
     gradients = (descriptor(x, ROWS.value, columns) for x in (dk, dv))
     rest = (operands, *sizes, scale, spec, shape, config.num_stages)
     programs = triton.cdiv(k.shape[2], config.block_n) * k.shape[1] * k.shape[0]
-    args = (*tiles, statistics(lse), statistics(delta), *gradients, total, *rest)
+    args = (*tiles, statistics(lse), statistics(delta), *gradients, sums, *rest)
     launch(backward_kernel, programs, q.device, config, *args, **options)
     if dq is not None:
         plain = Config(config.block_m, config.block_n, 4, 1)
-        launch(convert_kernel, blocks * q.shape[1] * q.shape[0], q.device, plain, total, view(dq), *sizes, scale, shape)
+        launch(convert_kernel, blocks * q.shape[1] * q.shape[0], q.device, plain, sums, view(dq), *sizes, scale, shape)
     return Gradients(dq, dk, dv, sinks=of_sinks(lse, delta, mods) if needs.sinks else None)
