@@ -87,4 +87,4 @@ def options(kernel: str, config: Config) -> dict[str, int]:
     """The compiler's options in a launch of a kernel with a Config."""
     from flash.kernels import hopper_backward, hopper_forward
 
-    return {"hopper_forward": hopper_forward, "hopper_backward": hopper_backward}[kernel].options_of(config)
+    return hopper_forward.options_of(config) if kernel == "hopper_forward" else hopper_backward.options_of(config)

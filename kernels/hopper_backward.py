@@ -41,7 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import band, hopper_forward, score, softmax, tile
 from .backward import delta_kernel, of_sinks
-from .hopper_forward import descriptor, tile_of, unaddressed
+from .hopper_forward import descriptor, unaddressed
 from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
 from .spec import Config, Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View
 
@@ -390,6 +390,8 @@ def unserved(
     """
     if reason := hopper_forward.unserved(q, k, v, mods, spec):
         return reason
+    if spec.dropout_p > 0.0:  # its seed may not be drawn yet
+        return "dropout, which the Hopper kernels lack"
     head_dim = max(q.shape[3], v.shape[3])
     if head_dim > HEAD_DIMS[-1]:
         return f"head_dim {head_dim}, where dk and dv of up to {HEAD_DIMS[-1]} fit the registers"
@@ -465,10 +467,10 @@ def backward(
     operands, spec = prepare(mods, spec)
     sizes, shape = sizes_of(q, k, mods, positions), shape_of(q, k, v)
     programs = triton.cdiv(q.shape[2], configs.dq.block_m) * q.shape[1] * q.shape[0]
-    dlse = None if dlse is None else view(dlse.unsqueeze(3))
-    launch(delta_kernel, programs, q.device, configs.dq, view(o), view(do), dlse, delta, *sizes, shape)
+    shares = None if dlse is None else view(dlse.unsqueeze(3))
+    launch(delta_kernel, programs, q.device, configs.dq, view(o), view(do), shares, delta, *sizes, shape)
 
-    columns = tile_of(shape.head_dim)
+    columns = min(size for size in HEAD_DIMS if size >= shape.head_dim)
     shape = shape._replace(block_d=columns, block_dv=columns)
     blocks = triton.cdiv(q.shape[2], config.block_m)
     sums = None
