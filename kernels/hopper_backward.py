@@ -108,12 +108,10 @@ def following(h, t, tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def producer(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, smem, bars, walk, mods, heads, seqlen_q,
-    spec: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
+def producer(descs, smem, bars, walk, mods, sizes, spec: gl.constexpr, GROUP: gl.constexpr):
     """Bring k and v, and what belongs to the queries in the order that `consumer` takes them."""
     SLOTS: gl.constexpr = smem.q.shape[0]
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc = descs
     for i in gl.static_range(CONSUMERS):
         full = bars.kv_full.index(i)
         mbarrier.expect(full, 2 * k_desc.block_type.nbytes)
@@ -127,7 +125,9 @@ def producer(
             row = band.start(walk.run, t, mods, spec, 0, ROWS, PARTIAL)
             slot = n % SLOTS
             full = bars.full.index(slot)
-            place = (walk.b * heads + h) * seqlen_q + row  # the last tile of a head reads on in the next: masked
+            place = (
+                walk.b * sizes.heads + h
+            ) * sizes.seqlen_q + row  # the last tile of a head reads on in the next: masked
             mbarrier.wait(bars.empty.index(slot), n // SLOTS & 1 ^ 1)
             mbarrier.expect(full, 2 * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes))
             tma_load(q_desc, [walk.b, h, row, 0], full, smem.q.index(slot))
@@ -264,7 +264,7 @@ def consumer(
                 mbarrier.arrive(bars.empty.index(slot), count=1)
                 dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
                 mbarrier.arrive(bars.ds_empty, count=1)
-                add(tile.origin(dq, walk.b, h) + (row * D + me * (ROWS * D // CONSUMERS)), dq_part)
+                add(tile.origin(dq, walk.b, h) + row.to(gl.int64) * D + me * (ROWS * D // CONSUMERS), dq_part)
             n += 1
             h, t = following(h, t, tiles, GROUP)
 
@@ -292,8 +292,8 @@ def backward_kernel(
     natural, unit = score.units(scale, spec, gl.float32)
     dq = sums
     if sums is not None:
-        rows = tl.cdiv(seqlen_q, BLOCK_M) * (BLOCK_M * D)
-        dq = View(sums, heads.to(gl.int64) * rows, rows, 1, 0)
+        numbers = tl.cdiv(seqlen_q, BLOCK_M).to(gl.int64) * (BLOCK_M * D)
+        dq = View(sums, heads * numbers, numbers, D, 1)
 
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D // CONSUMERS], dtype)
     DX_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
@@ -333,22 +333,7 @@ def backward_kernel(
             (consumer, (1, dk_desc, dv_desc, dq, smem, bars, walk, mods, sizes, units, spec, GROUP)),
             (
                 producer,
-                (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    do_desc,
-                    lse_desc,
-                    delta_desc,
-                    smem,
-                    bars,
-                    walk,
-                    mods,
-                    heads,
-                    seqlen_q,
-                    spec,
-                    GROUP,
-                ),
+                ((q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc), smem, bars, walk, mods, sizes, spec, GROUP),
             ),
         ],
         [4, 1],

@@ -220,7 +220,7 @@ def test_no_block_pointers() -> None:
 
 
 def test_kernels_use_no_atomics() -> None:
-    # sums in the order that programs finish are not bitwise repeatable: dq of the one that does is not for deterministic calls
+    # sums in the order that programs finish are not bitwise repeatable: hopper_backward.unserved says so of its dq
     found = [
         place
         for place, node in places(("flash/kernels",), (ast.Attribute, ast.Name))
