@@ -10,7 +10,7 @@ from flash.kernels.spec import Config
 
 from .space import Variant
 
-KERNELS = ("hopper_forward", "hopper_backward")
+KERNELS = ("hopper_forward", "hopper_backward", "hopper_dkdv")  # the last is the second without dq
 SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -24,8 +24,7 @@ def function(kernel: str) -> Any:
         from flash.kernels import hopper_backward, hopper_forward
     except ImportError as error:
         raise RuntimeError(f"{kernel} is written in Gluon, which this Triton lacks: {error}") from error
-    functions = {"hopper_forward": hopper_forward.forward_kernel, "hopper_backward": hopper_backward.backward_kernel}
-    return functions[kernel]
+    return hopper_forward.forward_kernel if kernel == "hopper_forward" else hopper_backward.backward_kernel
 
 
 def source(function: Any) -> Any:
@@ -69,7 +68,7 @@ def rows_descriptor(rows: int) -> str:
 def descriptors(kernel: str, variant: Variant, config: Config) -> dict[str, str]:
     """The types of a kernel's descriptors, by parameter."""
     columns, columns_v = padded(variant)
-    if kernel == "hopper_backward":
+    if kernel != "hopper_forward":
         return {
             **dict.fromkeys(("q_desc", "k_desc", "dk_desc"), descriptor(variant.dtype, 64, columns)),
             **dict.fromkeys(("do_desc", "v_desc", "dv_desc"), descriptor(variant.dtype, 64, columns_v)),

@@ -88,13 +88,14 @@ class Barriers(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The keys of a program, and the run of queries that see them."""
+    """The keys of a program, the run of queries that see them, and where dq is added up, if it is."""
 
     b: Any
     h_k: Any
     col: Any
     offset: Any
     run: Any
+    dq: Any
 
 
 @gluon.jit
@@ -184,7 +185,7 @@ def add(target, x):
 
 @gluon.jit
 def consumer(
-    me: gl.constexpr, dk_desc, dv_desc, dq, smem, bars, walk, mods, sizes, units,
+    me: gl.constexpr, dk_desc, dv_desc, smem, bars, walk, mods, sizes, units,
     spec: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Find dk and dv of 64 keys, and half of the columns of what 128 keys add to dq."""
@@ -204,7 +205,7 @@ def consumer(
     dk = gl.zeros([ROWS, D], gl.float32, ACC_LAYOUT)
     dv = gl.zeros([ROWS, D], gl.float32, ACC_LAYOUT)
     mbarrier.wait(bars.kv_full.index(me), 0)
-    if dq is not None:
+    if walk.dq is not None:
         k = smem.k.index(me).reshape([ROWS, D])
         for part in gl.static_range(CONSUMERS):
             columns = k.slice(part * (D // CONSUMERS), D // CONSUMERS, 1)
@@ -243,7 +244,9 @@ def consumer(
                 p = gl.where(keep, p + (delta_row - delta_row), 0.0)  # NaN where do_i is not finite: delta_i is not
             _, slope = score.gradient(p, qk, at, mods, sizes, scale, spec)  # dx where dp - delta is 1: dx is linear
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT_LAYOUT), do, dv, is_async=True)
-            if dq is not None:  # here, since the end of a basic block keeps ptxas from waiting above the exponentials
+            if (
+                walk.dq is not None
+            ):  # here, since the end of a basic block keeps ptxas from waiting above the exponentials
                 mbarrier.wait(bars.ds_empty, n & 1 ^ 1)
             dp = warpgroup_mma_wait(1, deps=(dp,))
             dx = slope * (dp - delta_row)
@@ -251,7 +254,7 @@ def consumer(
                 dx = gl.where(keep, dx, 0.0)  # p = 0 alone would let a NaN of dp through
             dx = dx.to(dtype)
             dk = warpgroup_mma(gl.convert_layout(dx, LEFT_LAYOUT), q, dk, is_async=True)
-            if dq is None:
+            if walk.dq is None:
                 dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
                 mbarrier.arrive(bars.empty.index(slot), count=1)
             else:
@@ -264,7 +267,7 @@ def consumer(
                 mbarrier.arrive(bars.empty.index(slot), count=1)
                 dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
                 mbarrier.arrive(bars.ds_empty, count=1)
-                add(tile.origin(dq, walk.b, h) + row.to(gl.int64) * D + me * (ROWS * D // CONSUMERS), dq_part)
+                add(tile.origin(walk.dq, walk.b, h) + row.to(gl.int64) * D + me * (ROWS * D // CONSUMERS), dq_part)
             n += 1
             h, t = following(h, t, tiles, GROUP)
 
@@ -290,7 +293,7 @@ def backward_kernel(
     offset = tile.first_position(mods, sizes, b)
     run = band.of_queries(col, b, h_k, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     natural, unit = score.units(scale, spec, gl.float32)
-    dq = sums
+    dq = None
     if sums is not None:
         numbers = tl.cdiv(seqlen_q, BLOCK_M).to(gl.int64) * (BLOCK_M * D)
         dq = View(sums, heads * numbers, numbers, D, 1)
@@ -324,13 +327,13 @@ def backward_kernel(
     mbarrier.init(bars.ds_full, count=CONSUMERS)
     mbarrier.init(bars.ds_empty, count=CONSUMERS)
 
-    walk = Walk(b, h_k, col, offset, run)
+    walk = Walk(b, h_k, col, offset, run, dq)
     units = (tl.cast(scale, gl.float32), natural, unit)
     # What is known when compiling stays out of tuples that have a name: those hold tensors.
     gl.warp_specialize(
         [
-            (consumer, (0, dk_desc, dv_desc, dq, smem, bars, walk, mods, sizes, units, spec, GROUP)),
-            (consumer, (1, dk_desc, dv_desc, dq, smem, bars, walk, mods, sizes, units, spec, GROUP)),
+            (consumer, (0, dk_desc, dv_desc, smem, bars, walk, mods, sizes, units, spec, GROUP)),
+            (consumer, (1, dk_desc, dv_desc, smem, bars, walk, mods, sizes, units, spec, GROUP)),
             (
                 producer,
                 ((q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc), smem, bars, walk, mods, sizes, spec, GROUP),

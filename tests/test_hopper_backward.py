@@ -304,6 +304,11 @@ MUTANTS = {
     ),
     "masked tiles are not masked": ("consumer", "p = gl.where(keep, p", "p = gl.where(keep | True, p"),
     "dq of a tile lands in the next": ("consumer", ".to(gl.int64) * D +", ".to(gl.int64) * D + D +"),
+    "what hidden queries hold reaches dk and dv": (
+        "copy_finite",
+        "tile.finite(source.load(LAYOUT))",
+        "source.load(LAYOUT)",
+    ),
     "a group's heads are one": ("following", "h + 1", "h"),
 }
 
@@ -434,12 +439,13 @@ SHIPPED = [
 
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", ["hopper_backward", pytest.param("hopper_dkdv", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head_dim, config, call", SHIPPED)
 def test_main_loops_touch_no_local_memory_and_hide_their_exponentials(
-    head_dim: int, config: Config, call: str, dtype: str
+    head_dim: int, config: Config, call: str, kernel: str, dtype: str
 ) -> None:
     variant = Variant(dtype, head_dim, head_dim, **CALLS[call])
-    made = resources.report("cuda:90", "hopper_backward", variant, config, listing=True)
+    made = resources.report("cuda:90", kernel, variant, config, listing=True)
     assert made.faults == () and not made.serialized
     loops = [loop for loop in made.loops if "exp2" in loop.counts]
     assert len(loops) == 4  # of each consumer one over full tiles and one over those that are masked
