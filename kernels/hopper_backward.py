@@ -8,8 +8,8 @@ and dv of a key have one owner and one order. Two consumers, warpgroups of 64 ke
 p^T and dx^T enter their products from there. A producer warp brings Q, dO, lse and delta of a step by TMA into a ring
 of slots: a slot's `full` barrier counts its bytes, its `empty` barrier the consumers that are done with it.
 
-dq has many owners. Both consumers put their half of dx into shared memory (`ds_full`), each multiplies all of it with
-all keys for half of the columns (`ds_empty`), and adds that to a float32 buffer by atomics: half as many as one tile
+dq has many owners. Both consumers put their half of dx into shared memory (`dx_full`), each multiplies all of it with
+all keys for half of the columns (`dx_empty`), and adds that to a float32 buffer by atomics: half as many as one tile
 from each would take. The order of these sums changes from run to run, so dq does; dk and dv do not. The buffer keeps
 the order of a wgmma's registers, so that a thread adds four numbers at once and a warp 512 bytes, without a detour
 through shared memory; `convert_kernel` puts them in their place, scaled and in q's dtype.
@@ -55,8 +55,9 @@ REGISTERS = 168  # of a thread at launch; the producer then gives most of its ow
 HEAD_DIMS = (64, 128)
 STATISTICS = 2**31  # TMA's coordinates are 32-bit, and lse is one axis to it
 
-# head_dim: tiles that compile without local memory in the main loops, with the exponentials under dp^T. Slots of the
-# ring are num_stages; the first is the one to use until one is measured.
+# head_dim: tiles that compile without local memory in the main loops, with all exponentials under dp^T: 168 registers,
+# 131, 98, 178 and 211 KiB of shared memory, at most 128 bytes spilled before and behind them. num_stages counts the
+# ring's slots. The first is the one to use until one is measured.
 CONFIGS = {
     64: (Config(64, 128, 8, 4), Config(64, 128, 8, 2)),
     128: (Config(64, 128, 8, 2), Config(64, 128, 8, 3)),
@@ -83,8 +84,8 @@ class Barriers(NamedTuple):
     full: Any  # [slots], consumers for the producer
     empty: Any  # [slots], the producer for both consumers
     finite: Any  # consumers for each other: q and do hold no NaN
-    ds_full: Any  # dx is written
-    ds_empty: Any  # dx is read
+    dx_full: Any  # dx is written
+    dx_empty: Any  # dx is read
 
 
 class Walk(NamedTuple):
@@ -244,10 +245,8 @@ def consumer(
                 p = gl.where(keep, p + (delta_row - delta_row), 0.0)  # NaN where do_i is not finite: delta_i is not
             _, slope = score.gradient(p, qk, at, mods, sizes, scale, spec)  # dx where dp - delta is 1: dx is linear
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT_LAYOUT), do, dv, is_async=True)
-            if (
-                walk.dq is not None
-            ):  # here, since the end of a basic block keeps ptxas from waiting above the exponentials
-                mbarrier.wait(bars.ds_empty, n & 1 ^ 1)
+            if walk.dq is not None:
+                mbarrier.wait(bars.dx_empty, n & 1 ^ 1)  # ends a basic block: ptxas waits below the exponentials then
             dp = warpgroup_mma_wait(1, deps=(dp,))
             dx = slope * (dp - delta_row)
             if PARTIAL:
@@ -260,13 +259,13 @@ def consumer(
             else:
                 smem.dx.index(me + zero).store(dx)
                 fence_async_shared()
-                mbarrier.arrive(bars.ds_full, count=1)
-                mbarrier.wait(bars.ds_full, n & 1)
+                mbarrier.arrive(bars.dx_full, count=1)
+                mbarrier.wait(bars.dx_full, n & 1)
                 dq_part = product_dq(smem, me, zero)
                 dv, dk = warpgroup_mma_wait(CONSUMERS, deps=(dv, dk))
                 mbarrier.arrive(bars.empty.index(slot), count=1)
                 dq_part = warpgroup_mma_wait(0, deps=(dq_part,))
-                mbarrier.arrive(bars.ds_empty, count=1)
+                mbarrier.arrive(bars.dx_empty, count=1)
                 add(tile.origin(walk.dq, walk.b, h) + row.to(gl.int64) * D + me * (ROWS * D // CONSUMERS), dq_part)
             n += 1
             h, t = following(h, t, tiles, GROUP)
@@ -324,8 +323,8 @@ def backward_kernel(
         mbarrier.init(bars.full.index(i), count=1)
         mbarrier.init(bars.empty.index(i), count=CONSUMERS)
     mbarrier.init(bars.finite, count=CONSUMERS)
-    mbarrier.init(bars.ds_full, count=CONSUMERS)
-    mbarrier.init(bars.ds_empty, count=CONSUMERS)
+    mbarrier.init(bars.dx_full, count=CONSUMERS)
+    mbarrier.init(bars.dx_empty, count=CONSUMERS)
 
     walk = Walk(b, h_k, col, offset, run, dq)
     units = (tl.cast(scale, gl.float32), natural, unit)

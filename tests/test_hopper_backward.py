@@ -151,9 +151,7 @@ def test_gradients_of_o_need_not_be_dense(place: Place, backward: Backward, lse_
 @pytest.mark.interpret
 def test_strides_are_kept(place: Place, backward: Backward) -> None:
     x = one_head(place, batch=2, heads=3, heads_k=3, seqlen_q=66, causal=True)
-    packed = place(torch.empty(2, 66, 3, 3, 64, dtype=x.q.dtype)).copy_(
-        torch.stack(x[:3], 2).permute(1 - 1, 3, 2, 1, 4)
-    )
+    packed = place(torch.empty(2, 66, 3, 3, 64, dtype=x.q.dtype)).copy_(torch.stack(x[:3], 2).permute(0, 3, 2, 1, 4))
     q, k, v = (packed[:, :, n].transpose(1, 2) for n in range(3))
     got = backward(x._replace(q=q, k=k, v=v))
     check(got, x)
@@ -255,14 +253,14 @@ MUTANTS = {
         "            delta_row = smem.delta",
         "            mbarrier.arrive(bars.empty.index(slot), count=1)\n            delta_row = smem.delta",
     ),
-    "dx is overwritten while dq reads it": ("consumer", "mbarrier.wait(bars.ds_empty, n & 1 ^ 1)", "pass"),
+    "dx is overwritten while dq reads it": ("consumer", "mbarrier.wait(bars.dx_empty, n & 1 ^ 1)", "pass"),
     "dx is released while dq reads it": (
         "consumer",
-        "dq_part = warpgroup_mma_wait(0, deps=(dq_part,))\n                mbarrier.arrive(bars.ds_empty, count=1)",
-        "mbarrier.arrive(bars.ds_empty, count=1)\n                dq_part = warpgroup_mma_wait(0, deps=(dq_part,))",
+        "dq_part = warpgroup_mma_wait(0, deps=(dq_part,))\n                mbarrier.arrive(bars.dx_empty, count=1)",
+        "mbarrier.arrive(bars.dx_empty, count=1)\n                dq_part = warpgroup_mma_wait(0, deps=(dq_part,))",
     ),
-    "dx of the other consumer is not awaited": ("consumer", "mbarrier.wait(bars.ds_full, n & 1)", "pass"),
-    "dx is not announced": ("consumer", "mbarrier.arrive(bars.ds_full, count=1)", "pass"),
+    "dx of the other consumer is not awaited": ("consumer", "mbarrier.wait(bars.dx_full, n & 1)", "pass"),
+    "dx is not announced": ("consumer", "mbarrier.arrive(bars.dx_full, count=1)", "pass"),
     "dx is not fenced": (
         "consumer",
         "smem.dx.index(me + zero).store(dx)\n                fence_async_shared()",
@@ -299,8 +297,8 @@ MUTANTS = {
     ),
     "one consumer announces dx for both": (
         "backward_kernel",
-        "mbarrier.init(bars.ds_full, count=CONSUMERS)",
-        "mbarrier.init(bars.ds_full, count=1)",
+        "mbarrier.init(bars.dx_full, count=CONSUMERS)",
+        "mbarrier.init(bars.dx_full, count=1)",
     ),
     "masked tiles are not masked": ("consumer", "p = gl.where(keep, p", "p = gl.where(keep | True, p"),
     "dq of a tile lands in the next": ("consumer", ".to(gl.int64) * D +", ".to(gl.int64) * D + D +"),
@@ -437,6 +435,19 @@ SHIPPED = [
 ]
 
 
+# KiB of shared memory, of 227, by kernel, head_dim and slots
+SHARED = {
+    ("hopper_backward", 64, 2): 98,
+    ("hopper_backward", 64, 4): 131,
+    ("hopper_backward", 128, 2): 178,
+    ("hopper_backward", 128, 3): 211,
+    ("hopper_dkdv", 64, 2): 66,
+    ("hopper_dkdv", 64, 4): 99,
+    ("hopper_dkdv", 128, 2): 130,
+    ("hopper_dkdv", 128, 3): 163,
+}
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kernel", ["hopper_backward", pytest.param("hopper_dkdv", marks=pytest.mark.slow)])
@@ -447,6 +458,8 @@ def test_main_loops_touch_no_local_memory_and_hide_their_exponentials(
     variant = Variant(dtype, head_dim, head_dim, **CALLS[call])
     made = resources.report("cuda:90", kernel, variant, config, listing=True)
     assert made.faults == () and not made.serialized
+    assert made.shared <= SHARED[kernel, head_dim, config.num_stages] * 1024
+    assert made.spill_bytes <= 128  # before the loops, and in those that mask
     loops = [loop for loop in made.loops if "exp2" in loop.counts]
     assert len(loops) == 4  # of each consumer one over full tiles and one over those that are masked
     full = sorted(loops, key=lambda loop: loop.instructions)[:2]
