@@ -380,9 +380,7 @@ def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def candidates(head_dim: int, banded: bool) -> tuple[Config, ...]:
     """The configurations for a head dimension that `unserved` lets pass; banded: causal, or with a window."""
-    columns = tile_of(head_dim)
-    assert columns is not None
-    return CONFIGS[columns, banded]
+    return CONFIGS[tile_of(head_dim), banded]
 
 
 def options_of(config: Config) -> dict[str, int]:

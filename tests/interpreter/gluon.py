@@ -47,7 +47,8 @@ from tests.interpreter.machine import (
     no_layout,
     warp_specialize,
 )
-from tests.interpreter.values import LANGUAGE, Pointer, Tensor, Type, steps
+from tests.interpreter.values import LANGUAGE as SHARED
+from tests.interpreter.values import Pointer, Tensor, Type, steps
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 
@@ -68,6 +69,10 @@ def _full(shape: Sequence[Any], value: Any, dtype: Type, layout: Any = None) -> 
 
 
 LAYOUTS = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout")
+LANGUAGE = SHARED | {
+    "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
+    "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
+}
 GLUON = {
     **LANGUAGE,
     **dict.fromkeys(LAYOUTS, no_layout),
@@ -78,8 +83,6 @@ GLUON = {
     "zeros_like": lambda x: _full(x.shape, 0, x.dtype),
     "convert_layout": lambda x, layout, assert_trivial=False: Tensor(x.data),
     "set_auto_layout": lambda x, layout: Tensor(x.data),
-    "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
-    "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
     "allocate_shared_memory": allocate_shared_memory,
     "warp_specialize": warp_specialize,
     "barrier": lambda **_: None,
