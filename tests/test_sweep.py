@@ -24,7 +24,8 @@ from flash.kernels.spec import Config
 
 ROOT = Path(__file__).parents[1]
 TARGET, GPU = "cuda:90", "NVIDIA H200"
-CELLS = list(sweep.cells(TARGET, ["bfloat16"], [64], [1024, 8192]))
+EVERY = list(sweep.cells(TARGET, ["bfloat16"], [64], [1024, 8192]))
+CELLS = [cell for cell in EVERY if cell.need.kernel in tables.KERNELS]
 
 
 def compile(target: str, kernel: str, variant: Variant, config: Config) -> Report:
@@ -39,6 +40,20 @@ def fast_when_small(job: Job) -> worker.Outcome:
 
 def swept(path: Path, run: Callable[[Job], worker.Outcome] = fast_when_small) -> tables.Table:
     return sweep.sweep(TARGET, GPU, CELLS, compile, run, Journal(path))
+
+
+def test_hopper_kernels_are_timed_where_they_run_with_the_tiles_that_they_ship() -> None:
+    from flash.autotune.space import candidates
+    from flash.kernels.hopper_forward import CONFIGS
+
+    assert {cell.need.kernel for cell in EVERY} == {*tables.KERNELS, *tables.HOPPER}
+    assert candidates(TARGET, "hopper_forward", "bfloat16", 128) == tuple(
+        dict.fromkeys(CONFIGS[128, False] + CONFIGS[128, True])
+    )
+    others = [*sweep.cells("cuda:80", ["bfloat16"], [64], [1024]), *sweep.cells(TARGET, ["float32"], [64], [1024])]
+    assert {cell.need.kernel for cell in others} == {*tables.KERNELS}
+    wide = {cell.need.kernel for cell in sweep.cells(TARGET, ["bfloat16"], [256], [1024])}
+    assert wide == {*tables.KERNELS, "hopper_forward"}
 
 
 def test_fastest_right_candidate_wins_its_cell(tmp_path: Path) -> None:
