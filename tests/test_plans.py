@@ -18,11 +18,14 @@ from torch.nn import functional
 import flash.attention
 from flash import dispatch, plans
 from flash.attention import flash_attention
+from flash.autotune import tables
 from flash.kernels.forward import forward_kernel
+from flash.kernels.spec import Config
 
 plans.DEVICE = "cpu"
 dispatch.choose = lambda *_: "triton"
 dispatch.target_of = lambda device: "cuda:90"
+dispatch.tuned = lambda *_: tables.Choice(Config(32, 32, 4, 1), "small tiles compile fast")
 Launched = collections.namedtuple("Launched", "grid stream kernel args")
 made = []
 stand_in = driver.active

@@ -55,6 +55,21 @@ def test_row_compiles_fits_and_keeps_its_figures_in_every_call(table: tables.Tab
     check(table, row, offline.calls_of(need_of(row)))
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [pytest.param(*each, id=name) for each, name in zip(ROWS, NAMES, strict=True) if each[1].config.ahead],
+)
+def test_a_row_that_multiplies_ahead_hides_exponentials(table: tables.Table, row: tables.Row) -> None:
+    pytest.importorskip("triton")
+    for call in offline.calls_of(need_of(row)):
+        made = resources.report(table.target, row.kernel, call, row.config, listing=True)
+        if table.triton == tables.triton_version():
+            assert (made.hidden or 0.0) >= offline.HIDDEN, call
+            full = min(made.loops, key=lambda loop: loop.instructions if "exp2" in loop.counts else 10**6)
+            assert "local" not in full.counts, call
+
+
 def test_half_precision_up_to_head_dim_128_spills_nothing_on_nvidia() -> None:
     spilling = [
         name

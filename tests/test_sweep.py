@@ -17,6 +17,7 @@ import torch
 
 from flash.autotune import measure, offline, store, sweep, tables, worker
 from flash.autotune.journal import Journal
+from flash.autotune.listing import Loop
 from flash.autotune.measure import Job
 from flash.autotune.resources import Report
 from flash.autotune.space import Variant
@@ -28,7 +29,7 @@ EVERY = list(sweep.cells(TARGET, ["bfloat16"], [64], [1024, 8192]))
 CELLS = [cell for cell in EVERY if cell.need.kernel in tables.KERNELS]
 
 
-def compile(target: str, kernel: str, variant: Variant, config: Config) -> Report:
+def compile(target: str, kernel: str, variant: Variant, config: Config, listing: bool = False) -> Report:
     """Large tiles do not fit, middling ones spill, the rest is fine."""
     area = config.block_m * config.block_n
     return Report(target, 100, 40 if area > 4096 else 0, area * 20, 128 * 128 * 19, 0, (), ())
@@ -304,9 +305,9 @@ def test_offline_writes_an_untimed_table_and_resumes(tmp_path: Path, monkeypatch
 
     calls = []
 
-    def counted(*args: Any) -> Report:
+    def counted(*args: Any, **options: Any) -> Report:
         calls.append(args)
-        return compile(*args) if len(calls) < 20 else killed()
+        return compile(*args, **options) if len(calls) < 20 else killed()
 
     monkeypatch.setattr("flash.autotune.resources.report", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -320,6 +321,29 @@ def test_offline_writes_an_untimed_table_and_resumes(tmp_path: Path, monkeypatch
     assert sorted(needs, key=str) == sorted(offline.needs(TARGET, ["bfloat16"], [64]), key=str)
     assert all(each.spill_bytes == 0 and each.config.block_m * each.config.block_n <= 4096 for each in made.rows)
     assert not path.with_suffix(".journal").exists()
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.6), (1.0, 0.4), (0.0, 0.0)])
+def test_the_order_ahead_is_taken_where_it_hides_exponentials_in_every_call(shares: tuple[float, float]) -> None:
+    def hides(target: str, kernel: str, variant: Variant, config: Config, listing: bool = False) -> Report:
+        loops = (Loop(100, {"wgmma": 1}, shares[variant.causal]),) if listing else ()
+        return compile(target, kernel, variant, config)._replace(loops=loops)
+
+    for causal in (None, False):
+        found = offline.choose("cuda:90", offline.Need("forward", "bfloat16", 128, False, causal), hides)
+        assert found is not None and found.causal is causal
+        assert found.config.ahead == ((shares[0] if causal is False else min(shares)) >= offline.HIDDEN)
+    for kernel, dtype in (("dq", "bfloat16"), ("forward", "float32")):
+        found = offline.choose("cuda:90", offline.Need(kernel, dtype, 64, None), hides)
+        assert found is not None and not found.config.ahead
+
+
+def test_a_row_stays_what_it_is_while_it_is_as_good(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = row(64, ms=0.0)._replace(config=Config(16, 16, 1, 7))
+    monkeypatch.setattr(offline, "shipped_table", lambda target: table(kept))
+    wanted = [offline.Need(*kept[:5])]
+    made = offline.build_table(TARGET, wanted, compile, Journal(tmp_path / "journal"), "3.7.1")
+    assert [each.config for each in made.rows] == [kept.config]
 
 
 def test_least_spilling_config_is_taken_where_all_spill() -> None:
