@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from flash.kernels.spec import Config
 
-from .tables import HOPPER, ITEMSIZE, registers_bound, shared_limit
+from .tables import ITEMSIZE, registers_bound, shared_limit
 
 OWNED = (128, 64, 32, 16)
 WALKED = (128, 64, 32, 16)
@@ -53,17 +53,13 @@ def candidates(target: str, kernel: str, dtype: str, head_dim: int) -> tuple[Con
 
     Args:
         target: "cuda:90", "hip:gfx942".
-        kernel: "forward", "dkdv" or "dq", or on sm_90 a kernel of tables.HOPPER, which brings its own.
+        kernel: "forward", "dkdv" or "dq".
         dtype: name of a floating dtype.
         head_dim: bucket, 16 to 512.
 
     Returns:
         The Configs; some of them may not fit.
     """
-    if kernel in HOPPER:
-        from . import gluon
-
-        return gluon.candidates(kernel, head_dim)
     ranked = []
     for owned in OWNED:
         for walked in WALKED:

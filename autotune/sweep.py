@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from flash.kernels.spec import Config
 
-from . import offline, store, tables
+from . import gluon, offline, store, tables
 from .journal import Journal
 from .measure import Job
 from .space import candidates
@@ -51,10 +51,16 @@ def cells(target: str, dtypes: Iterable[str], head_dims: Iterable[int], seqlens:
     for dtype, head_dim, kernel, causal, seqlen in itertools.product(
         dtypes, head_dims, kernels, (False, True), seqlens
     ):
-        if kernel in tables.KERNELS or (
-            dtype in ("float16", "bfloat16") and candidates(target, kernel, dtype, head_dim)
-        ):
-            yield Cell(offline.Need(kernel, dtype, head_dim, False), causal, seqlen)
+        need = offline.Need(kernel, dtype, head_dim, False)
+        if kernel in tables.KERNELS or tried(target, need):
+            yield Cell(need, causal, seqlen)
+
+
+def tried(target: str, need: offline.Need) -> tuple[Config, ...]:
+    """The candidates of a row; Gluon kernels bring their own, for two dtypes."""
+    if need.kernel in tables.KERNELS:
+        return candidates(target, need.kernel, need.dtype, need.head_dim)
+    return gluon.candidates(need.kernel, need.head_dim) if need.dtype in ("float16", "bfloat16") else ()
 
 
 def survivors(
@@ -72,7 +78,7 @@ def survivors(
         Their figures, the most promising first.
     """
     kept: dict[Config, offline.Figures] = {}
-    for config in candidates(target, need.kernel, need.dtype, need.head_dim):
+    for config in tried(target, need):
         figures = offline.measure(target, need, config, compile)
         if not figures.fault:
             kept[config] = figures

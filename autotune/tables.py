@@ -1,10 +1,5 @@
 """Which Config a kernel call runs with: a timed table of this machine, a shipped table, or a formula, with the reason.
 
-A table is JSON: where it was made, and rows (kernel, dtype, head_dim, ragged, causal, seqlen) -> Config. head_dim is a
-bucket, the power of two that holds the call's; ragged calls have a head_dim that is no multiple of 16, so that their
-rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any.
-Every number is held to an allow-list on reading, so a table can make a call slow, never wrong.
-
 `lookup` takes plain values and searches, first hit wins:
     the table that a sweep on this machine wrote      GPU name, Triton version and kernel sources are those of the call
     the table shipped for the target                  tables/cuda_90.json
@@ -13,7 +8,6 @@ Every number is held to an allow-list on reading, so a table can make a call slo
 """
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -21,26 +15,20 @@ import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flash.kernels.spec import Config
 
-KERNELS = ("forward", "dkdv", "dq")
-HOPPER = ("hopper_forward", "hopper_backward")  # Gluon kernels; their rows are all timed
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of one element
-HEAD_DIMS = (16, 32, 64, 128, 256, 512)
-SEQLENS: tuple[int, ...] = tuple(2**n for n in range(4, 21))
-ALLOWED = {
-    "block_m": (16, 32, 64, 128, 256),
-    "block_n": (16, 32, 64, 128, 256),
-    "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
-    "ahead": (False, True),  # absent = False, and so for dkdv and dq
-}
-WARPGROUPS = {"block_m": (64, 128, 192), "num_warps": (8, 12)}  # of HOPPER: they need not be a power of two
+from .form import ALLOWED, HEAD_DIMS, HOPPER, ITEMSIZE, KERNELS, SEQLENS, Row, Table, dump, parse
+
+__all__ = [
+    "ALLOWED", "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump", "heuristic",
+    "is_faster", "kernel_hash", "load", "lookup", "narrowed", "parse", "registers_bound", "shared_limit",
+    "shipped_table", "table_name", "timed", "too_wide", "triton_version", "user_folder", "user_table",
+    "user_table_name",
+]  # fmt: skip
 KiB = 1024
 LARGEST_FILE = 1024 * KiB
-FORMAT = 1
 
 # Shared memory that one program may have, in bytes, as the vendors' tables of compute capabilities give it.
 SHARED = {
@@ -80,54 +68,6 @@ class Choice(NamedTuple):
 
     config: Config
     reason: str
-
-
-class Row(NamedTuple):
-    """One line of a table.
-
-    Args:
-        kernel: "forward", "dkdv" or "dq".
-        dtype: "float16", "bfloat16", "float32" or "float64".
-        head_dim: a power of two, 16 to 512.
-        ragged: whether the row is for calls whose head_dim is no multiple of 16; None = both.
-        causal: whether the row is for causal calls; None = both.
-        seqlen: the longest sequence that the row is for, a power of two; None = any.
-        config: what to launch with.
-        shared: bytes of shared memory that it takes at most, 0 = unknown.
-        spill_bytes: bytes a thread spills, the worst variant.
-        ms: median milliseconds of the timed call, 0 = untimed.
-    """
-
-    kernel: str
-    dtype: str
-    head_dim: int
-    ragged: bool | None
-    causal: bool | None
-    seqlen: int | None
-    config: Config
-    shared: int = 0
-    spill_bytes: int = 0
-    ms: float = 0.0
-
-
-class Table(NamedTuple):
-    """Rows and where they come from.
-
-    Args:
-        target: "cuda:90", "hip:gfx942".
-        gpu: name of the GPU that timed it, "" = untimed.
-        triton: version of Triton that compiled the candidates.
-        kernels: `kernel_hash` of the sources that were compiled.
-        timed: whether a GPU timed any row; the others only compile and fit.
-        rows: at most one for each (kernel, dtype, head_dim, ragged, causal, seqlen).
-    """
-
-    target: str
-    gpu: str
-    triton: str
-    kernels: str
-    timed: bool
-    rows: tuple[Row, ...]
 
 
 def lookup(
@@ -423,101 +363,3 @@ def _read(path: Path, owned: bool) -> bytes:
     if len(text) > LARGEST_FILE:
         raise ValueError(f"it must have at most {LARGEST_FILE} bytes")
     return text
-
-
-def parse(text: bytes) -> Table:
-    """A table from its JSON, every value checked.
-
-    Args:
-        text: UTF-8.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: it is no JSON, or holds what no table holds.
-    """
-    data = json.loads(text.decode("utf-8"), parse_constant=_refuse)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"a table must be an object of format {FORMAT}")
-    words = [data.get(field) for field in ("target", "gpu", "triton", "kernels")]
-    if not all(isinstance(word, str) and len(word) <= 200 for word in words):
-        raise ValueError("target, gpu, triton and kernels must be short strings")
-    if not isinstance(data.get("timed"), bool):
-        raise ValueError("timed must be true or false")
-    if not isinstance(data.get("rows"), list):
-        raise ValueError("rows must be a list")
-    rows = tuple(_row(row) for row in data["rows"])
-    if len({row[:6] for row in rows}) != len(rows):
-        raise ValueError("two rows say something of the same calls")
-    target, gpu, triton, kernels = (str(word) for word in words)
-    return Table(target, gpu, triton, kernels, data["timed"], rows)
-
-
-def _row(data: Any) -> Row:
-    if not isinstance(data, dict):
-        raise ValueError(f"a row must be an object, got {data!r:.80}")
-
-    def one_of(field: str, allowed: tuple[Any, ...]) -> Any:
-        value = data.get(field, False if field == "ahead" else None)
-        if not any(type(value) is type(x) and value == x for x in allowed):  # True == 1, but is no number of warps
-            raise ValueError(f"{field} must be one of {allowed}, got {value!r:.80}")
-        return value
-
-    def count(field: str) -> int:
-        value = data.get(field, 0)
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise ValueError(f"{field} must be a count of bytes, got {value!r:.80}")
-        return value
-
-    kernel = one_of("kernel", KERNELS + HOPPER)
-    limits = ALLOWED | WARPGROUPS if kernel in HOPPER else ALLOWED
-    config = Config(*(one_of(field, allowed) for field, allowed in limits.items()))
-    if config.ahead and data.get("kernel") != "forward":
-        raise ValueError(f"ahead must be false but for forward, got {data.get('kernel')!r:.80}")
-    return Row(
-        kernel,
-        one_of("dtype", tuple(ITEMSIZE)),
-        one_of("head_dim", HEAD_DIMS),
-        one_of("ragged", (None, False, True)),
-        one_of("causal", (None, False, True)),
-        one_of("seqlen", (None, *SEQLENS)),
-        config,
-        count("shared"),
-        count("spill_bytes"),
-        _milliseconds(data.get("ms", 0.0)),
-    )
-
-
-def _milliseconds(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise ValueError(f"ms must be a time in milliseconds, got {value!r:.80}")
-    return float(value)
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no number")
-
-
-def dump(table: Table) -> str:
-    """A table as JSON, one row a line; `parse` reads it back.
-
-    Args:
-        table: the table.
-
-    Returns:
-        The text, rows in a fixed order.
-    """
-    order = {name: i for i, name in enumerate((*KERNELS, *HOPPER, *ITEMSIZE))}
-    rows = sorted(table.rows, key=lambda row: (order[row.dtype], order[row.kernel], *map(str, row[2:6])))
-    rows.sort(key=lambda row: (order[row.dtype], row.head_dim, order[row.kernel]))
-    lines = []
-    for row in rows:
-        fields = row._asdict()
-        fields.update(fields.pop("config")._asdict())
-        if not fields["ahead"]:
-            del fields["ahead"]
-        lines.append("    " + json.dumps(fields))
-    head = {"format": FORMAT, **{field: value for field, value in table._asdict().items() if field != "rows"}}
-    start = json.dumps(head, indent=2)[:-2]
-    return f'{start},\n  "rows": [\n' + ",\n".join(lines) + "\n  ]\n}\n"

@@ -212,8 +212,8 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
             tile = given.block_m, given.block_n
             raise ValueError(f"config[{kernel!r}] must have tiles that divide block_mask's {blocks}, got {tile}")
         return tables.Choice(given, "given by the caller")
-    target, *call, gpu = table_key(problem)
-    found = tables.lookup(target, kernel, *call, gpu=gpu)
+    target, dtype, head_dim, seqlen, causal, gpu = table_key(problem)
+    found = tables.lookup(target, kernel, dtype, head_dim, seqlen, causal, gpu)
     if problem.spec.hides or problem.spec.blocks is not None or problem.spec.dropout_p > 0:
         found = tables.narrowed(found, kernel)
     if blocks is None:
@@ -232,8 +232,8 @@ def tuned_for_hopper(problem: Problem, kernel: str) -> tables.Choice:
     given = problem.configs[KERNELS.index("forward" if kernel == "hopper_forward" else "dkdv")]
     if given is not None and problem.backend == "hopper":
         return tables.Choice(given, "given by the caller")
-    target, *call, gpu = table_key(problem)
-    if found := tables.timed(target, kernel, *call, gpu=gpu):
+    target, dtype, head_dim, seqlen, causal, gpu = table_key(problem)
+    if found := tables.timed(target, kernel, dtype, head_dim, seqlen, causal, gpu):
         return found
     if kernel == "hopper_forward":
         from .kernels.hopper_forward import candidates

@@ -34,7 +34,8 @@ ARROWS = {
     "flash.blocks": ("flash.kernels.spec",),
     "flash.philox": (),
     "flash.reference": ("flash.mods",),
-    "flash.autotune.tables": ("flash.kernels.spec",),
+    "flash.autotune.form": ("flash.kernels.spec",),
+    "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
     "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*", "flash.mods"),
     "flash.autotune.*": ("flash.kernels.*", "flash.autotune.*", "flash.reference"),  # tools: no call passes through

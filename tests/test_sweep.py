@@ -44,11 +44,10 @@ def swept(path: Path, run: Callable[[Job], worker.Outcome] = fast_when_small) ->
 
 
 def test_hopper_kernels_are_timed_where_they_run_with_the_tiles_that_they_ship() -> None:
-    from flash.autotune.space import candidates
     from flash.kernels.hopper_forward import CONFIGS
 
     assert {cell.need.kernel for cell in EVERY} == {*tables.KERNELS, *tables.HOPPER}
-    assert candidates(TARGET, "hopper_forward", "bfloat16", 128) == tuple(
+    assert sweep.tried(TARGET, offline.Need("hopper_forward", "bfloat16", 128, False)) == tuple(
         dict.fromkeys(CONFIGS[128, False] + CONFIGS[128, True])
     )
     others = [*sweep.cells("cuda:80", ["bfloat16"], [64], [1024]), *sweep.cells(TARGET, ["float32"], [64], [1024])]

@@ -47,8 +47,7 @@ from tests.interpreter.machine import (
     no_layout,
     warp_specialize,
 )
-from tests.interpreter.values import LANGUAGE as SHARED
-from tests.interpreter.values import Pointer, Tensor, Type, steps
+from tests.interpreter.values import LANGUAGE, Pointer, Tensor, Type, steps
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 
@@ -69,12 +68,13 @@ def _full(shape: Sequence[Any], value: Any, dtype: Type, layout: Any = None) -> 
 
 
 LAYOUTS = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout")
-LANGUAGE = SHARED | {
+PLACE = {
     "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
     "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
 }
 GLUON = {
     **LANGUAGE,
+    **PLACE,
     **dict.fromkeys(LAYOUTS, no_layout),
     "arange": lambda start, end, layout=None: Tensor(torch.arange(int(start), int(end), dtype=torch.int32)),
     "full": _full,
@@ -89,7 +89,7 @@ GLUON = {
     "thread_barrier": lambda: None,
 }
 MODULES = {
-    "triton.language": Namespace("tl", LANGUAGE, ", or it makes a tensor, which Gluon gives no layout"),
+    "triton.language": Namespace("tl", LANGUAGE | PLACE, ", or it makes a tensor, which Gluon gives no layout"),
     "triton.experimental.gluon.language": Namespace("gl", GLUON),
     "triton.experimental.gluon.language.nvidia.hopper": Namespace("hopper", HOPPER),
     "triton.experimental.gluon.language.nvidia.hopper.tma": Namespace("tma", TMA),
