@@ -68,8 +68,13 @@ def _full(shape: Sequence[Any], value: Any, dtype: Type, layout: Any = None) -> 
 
 
 LAYOUTS = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout")
+PLACE = {
+    "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
+    "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
+}
 GLUON = {
     **LANGUAGE,
+    **PLACE,
     **dict.fromkeys(LAYOUTS, no_layout),
     "arange": lambda start, end, layout=None: Tensor(torch.arange(int(start), int(end), dtype=torch.int32)),
     "full": _full,
@@ -78,15 +83,13 @@ GLUON = {
     "zeros_like": lambda x: _full(x.shape, 0, x.dtype),
     "convert_layout": lambda x, layout, assert_trivial=False: Tensor(x.data),
     "set_auto_layout": lambda x, layout: Tensor(x.data),
-    "program_id": lambda axis: Tensor(torch.tensor(here.program.place[int(axis)], dtype=torch.int32)),
-    "num_programs": lambda axis: Tensor(torch.tensor(here.program.grid[int(axis)], dtype=torch.int32)),
     "allocate_shared_memory": allocate_shared_memory,
     "warp_specialize": warp_specialize,
     "barrier": lambda **_: None,
     "thread_barrier": lambda: None,
 }
 MODULES = {
-    "triton.language": Namespace("tl", LANGUAGE, ", or it makes a tensor, which Gluon gives no layout"),
+    "triton.language": Namespace("tl", LANGUAGE | PLACE, ", or it makes a tensor, which Gluon gives no layout"),
     "triton.experimental.gluon.language": Namespace("gl", GLUON),
     "triton.experimental.gluon.language.nvidia.hopper": Namespace("hopper", HOPPER),
     "triton.experimental.gluon.language.nvidia.hopper.tma": Namespace("tma", TMA),

@@ -64,6 +64,7 @@ class Tensor:
     shape = property(lambda self: list(self.data.shape))
     dtype = property(lambda self: Type(self.data.dtype))
     type = property(lambda self: self)
+    layout = property(lambda self: None)
     T = property(lambda self: Tensor(self.data.mT))
 
     def to(self, dtype: Type, **_: Any) -> "Tensor":
