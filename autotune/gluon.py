@@ -10,7 +10,7 @@ from flash.kernels.spec import Config
 
 from .space import Variant
 
-KERNELS = ("hopper_forward",)
+KERNELS = ("hopper_forward", "hopper_backward", "hopper_dkdv")  # the last is the second without dq
 SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -21,10 +21,10 @@ def function(kernel: str) -> Any:
         RuntimeError: this Triton has no Gluon.
     """
     try:
-        from flash.kernels import hopper_forward
+        from flash.kernels import hopper_backward, hopper_forward
     except ImportError as error:
         raise RuntimeError(f"{kernel} is written in Gluon, which this Triton lacks: {error}") from error
-    return {"hopper_forward": hopper_forward.forward_kernel}[kernel]
+    return hopper_forward.forward_kernel if kernel == "hopper_forward" else hopper_backward.backward_kernel
 
 
 def source(function: Any) -> Any:
@@ -57,9 +57,23 @@ def padded(variant: Variant) -> tuple[int, int]:
     return found
 
 
-def descriptors(variant: Variant, config: Config) -> dict[str, str]:
-    """The types of the forward's descriptors, by parameter."""
+def rows_descriptor(rows: int) -> str:
+    """The type of a descriptor of tiles [rows] of one number a query."""
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return f"tensordesc<fp32[{rows}],{layout!r}>"
+
+
+def descriptors(kernel: str, variant: Variant, config: Config) -> dict[str, str]:
+    """The types of a kernel's descriptors, by parameter."""
     columns, columns_v = padded(variant)
+    if kernel != "hopper_forward":
+        return {
+            **dict.fromkeys(("q_desc", "k_desc", "dk_desc"), descriptor(variant.dtype, 64, columns)),
+            **dict.fromkeys(("do_desc", "v_desc", "dv_desc"), descriptor(variant.dtype, 64, columns_v)),
+            **dict.fromkeys(("lse_desc", "delta_desc"), rows_descriptor(config.block_m)),
+        }
     return {
         "q_desc": descriptor(variant.dtype, 64, columns),
         "k_desc": descriptor(variant.dtype, config.block_n, columns),
@@ -70,13 +84,16 @@ def descriptors(variant: Variant, config: Config) -> dict[str, str]:
 
 def options(kernel: str, config: Config) -> dict[str, int]:
     """The compiler's options in a launch of a kernel with a Config."""
-    from flash.kernels.hopper_forward import options_of
+    from flash.kernels import hopper_backward, hopper_forward
 
-    return options_of(config)
+    return hopper_forward.options_of(config) if kernel == "hopper_forward" else hopper_backward.options_of(config)
 
 
 def config(kernel: str, variant: Variant) -> Config:
     """The Config that a kernel ships for a call."""
-    from flash.kernels.hopper_forward import CONFIGS
+    from flash.kernels import hopper_backward, hopper_forward
 
-    return CONFIGS[padded(variant)[0], variant.causal or "window" in variant.features][0]
+    columns = padded(variant)[0]
+    if kernel != "hopper_forward":
+        return hopper_backward.CONFIGS[columns][0]
+    return hopper_forward.CONFIGS[columns, variant.causal or "window" in variant.features][0]

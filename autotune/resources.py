@@ -215,7 +215,7 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
     padded: Any = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
     described: dict[str, str] = {}
     if kernel in gluon.KERNELS:
-        padded, described = gluon.padded(variant), gluon.descriptors(variant, config)
+        padded, described = gluon.padded(variant), gluon.descriptors(kernel, variant, config)
     operands, chosen = _features(variant)
     spec = Spec(causal=variant.causal, raw=variant.raw, precision=precision)._replace(**chosen)
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
@@ -226,6 +226,7 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
         **{name: _Leaf(type) for name, type in described.items()},
         **{"keys": wide, "values": wide_v, "section": _Leaf("i32"), "SLOTS": _Leaf("constexpr", config.num_stages)},
         **dict.fromkeys(("lse", "delta"), rows),
+        "sums": _NONE if kernel == "hopper_dkdv" else rows,
         "dbias": _view(acc, True),
         "dlse": View(rows, stride, stride, one, one) if variant.dlse else _NONE,
         "dslopes": rows if "alibi" in variant.features else _NONE,
