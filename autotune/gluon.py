@@ -10,7 +10,7 @@ from flash.kernels.spec import Config
 
 from .space import Variant
 
-KERNELS = ("hopper_forward", "hopper_backward", "hopper_dkdv")  # the last is the second without dq
+KERNELS = ("hopper_forward", "hopper_backward", "hopper_dkdv", "hopper_convert")  # dkdv: the backward without dq
 SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -24,7 +24,8 @@ def function(kernel: str) -> Any:
         from flash.kernels import hopper_backward, hopper_forward
     except ImportError as error:
         raise RuntimeError(f"{kernel} is written in Gluon, which this Triton lacks: {error}") from error
-    return hopper_forward.forward_kernel if kernel == "hopper_forward" else hopper_backward.backward_kernel
+    functions = {"hopper_forward": hopper_forward.forward_kernel, "hopper_convert": hopper_backward.convert_kernel}
+    return functions.get(kernel, hopper_backward.backward_kernel)
 
 
 def source(function: Any) -> Any:
@@ -86,6 +87,8 @@ def options(kernel: str, config: Config) -> dict[str, int]:
     """The compiler's options in a launch of a kernel with a Config."""
     from flash.kernels import hopper_backward, hopper_forward
 
+    if kernel == "hopper_convert":  # a plain one
+        return {}
     return hopper_forward.options_of(config) if kernel == "hopper_forward" else hopper_backward.options_of(config)
 
 

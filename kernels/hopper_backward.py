@@ -127,9 +127,7 @@ def producer(descs, smem, bars, walk, mods, sizes, spec: gl.constexpr, GROUP: gl
             row = band.start(walk.run, t, mods, spec, 0, ROWS, PARTIAL)
             slot = n % SLOTS
             full = bars.full.index(slot)
-            place = (
-                walk.b * sizes.heads + h
-            ) * sizes.seqlen_q + row  # the last tile of a head reads on in the next: masked
+            place = (walk.b * sizes.heads + h) * sizes.seqlen_q + row  # a head's last tile reads on in the next: masked
             mbarrier.wait(bars.empty.index(slot), n // SLOTS & 1 ^ 1)
             mbarrier.expect(full, 2 * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes))
             tma_load(q_desc, [walk.b, h, row, 0], full, smem.q.index(slot))
@@ -460,7 +458,8 @@ def backward(
     blocks = triton.cdiv(q.shape[2], config.block_m)
     sums = None
     if dq is not None:
-        sums = torch.zeros(q.shape[0] * q.shape[1] * blocks * config.block_m * columns, device=q.device)
+        numbers = q.shape[0] * q.shape[1] * blocks * config.block_m * columns
+        sums = torch.zeros(numbers, dtype=torch.float32, device=q.device)
     tiles = (descriptor(x, ROWS.value, columns) for x in (q, k, v, do))
     gradients = (descriptor(x, ROWS.value, columns) for x in (dk, dv))
     rest = (operands, *sizes, scale, spec, shape, config.num_stages)

@@ -412,8 +412,7 @@ def test_what_is_served(options: dict[str, Any]) -> None:
     assert reason(**options) is None
 
 
-@pytest.mark.interpret
-def test_another_config_is_refused_by_its_name(place: Place) -> None:
+def test_another_config_is_refused_by_its_name() -> None:
     with pytest.raises(ValueError, match=r"config\['dkdv'\] must have block_m 64, block_n 128 and num_warps 8"):
         hopper_backward.options_of(Config(128, 128, 8, 2))
 
@@ -465,3 +464,10 @@ def test_main_loops_touch_no_local_memory_and_hide_their_exponentials(
     full = sorted(loops, key=lambda loop: loop.instructions)[:2]
     assert [loop.counts.get("local", 0) for loop in full] == [0, 0]
     assert all(loop.hidden >= 0.9 for loop in loops)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_conversion_of_dq_spills_nothing(head_dim: int) -> None:
+    made = resources.report("cuda:90", "hopper_convert", Variant("bfloat16", head_dim, head_dim), Config(64, 128, 4, 1))
+    assert made.faults == () and made.spill_bytes == 0
