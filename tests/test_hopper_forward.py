@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 from flash.autotune.resources import report
 from flash.autotune.space import Variant
+from flash.autotune.tables import triton_version
 from flash.kernels import hopper_forward
 from flash.kernels.spec import Config, Positions
 from flash.problem import Problem
@@ -403,7 +403,7 @@ def compiled_well(head_dim: int, config: Config, variant: str, dtype: str) -> No
     consumers = config.block_m // 64
     assert made.faults == () and made.shared <= SHARED[head_dim, consumers] * 1024 <= 227 * 1024
     assert made.registers == hopper_forward.REGISTERS[consumers]
-    assert made.spill_bytes <= SPILLED.get((triton.__version__[:3], head_dim, variant), 0)
+    assert made.spill_bytes <= SPILLED.get((str(triton_version())[:3], head_dim, variant), 0)
     assert not made.serialized and made.warnings == ()
     assert made.loops and not any("local" in loop.counts for loop in made.loops)
     assert made.hidden is not None and made.hidden >= 0.9
