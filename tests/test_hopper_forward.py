@@ -15,6 +15,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from flash.autotune.resources import report
 from flash.autotune.space import Variant
+from flash.autotune.tables import triton_version
 from flash.kernels import hopper_forward
 from flash.kernels.spec import Config, Positions
 from flash.problem import Problem
@@ -184,7 +185,6 @@ def test_a_bad_query_row_stays_alone(place: Place, forward: Forward, poison: flo
     x.q[0, 0, 20, 3] = poison
     got = forward(x)
     assert poison == poison or got.o[0, 0, 20].isnan().all() and got.lse[0, 0, 20].isnan()
-    x.q[0, 0, 20] = 0.0
     others = torch.arange(130) != 20
     error = (got.o.double() - clean.o)[:, :, others].abs().max()
     assert error < 0.02 and got.lse[:, :, others].isfinite().all()
@@ -392,10 +392,20 @@ SHIPPED = [
 ]
 
 
+# KiB of shared memory that a configuration takes, by head_dim and consumers; the registers are all there are.
+SHARED = {(64, 2): 81, (64, 3): 89, (128, 2): 161, (256, 2): 193}
+# Bytes that ptxas spills nevertheless, with Triton's 3.6 code: scalars that wait for the end of the kernel.
+SPILLED = {("3.6", 256, "causal window, offsets"): 12, ("3.6", 256, "causal softcap"): 16}
+
+
 def compiled_well(head_dim: int, config: Config, variant: str, dtype: str) -> None:
     made = report("cuda:90", "hopper_forward", Variant(dtype, head_dim, head_dim, **VARIANTS[variant]), config, True)
-    assert made.spill_bytes == 0 and made.faults == () and made.shared <= 227 * 1024
+    consumers = config.block_m // 64
+    assert made.faults == () and made.shared <= SHARED[head_dim, consumers] * 1024 <= 227 * 1024
+    assert made.registers == hopper_forward.REGISTERS[consumers]
+    assert made.spill_bytes <= SPILLED.get((str(triton_version())[:3], head_dim, variant), 0)
     assert not made.serialized and made.warnings == ()
+    assert made.loops and not any("local" in loop.counts for loop in made.loops)
     assert made.hidden is not None and made.hidden >= 0.9
 
 
