@@ -85,11 +85,11 @@ def flash_attention(
         mask_mod: a flash.mods.MaskMod, called with raw positions i and j. Default: none.
         block_mask: a torch.nn.attention.flex_attention.BlockMask for (seqlen_q, seqlen_k), its blocks multiples of 16;
             those that it leaves out are never loaded. Default: none.
-        deterministic: every backend here repeats bit for bit, so that any value gives the same. Default: follows
-            torch.are_deterministic_algorithms_enabled().
+        deterministic: True keeps to kernels that repeat bit for bit: all but the Hopper backward, whose gradient of q
+            is added up in any order. Default: follows torch.are_deterministic_algorithms_enabled().
         return_lse: also return lse. Default: False.
         backend: "auto", "triton", "hopper" or "torch". One asked for by name never falls back. Default: "auto", which
-            is Triton on a GPU that it serves and torch elsewhere.
+            is Triton on a GPU that it serves, the Hopper kernels where they were timed to be faster, torch elsewhere.
         config: tile sizes, a flash.Config for the forward or a dict of them for "forward", "dkdv" and "dq". The torch
             backend has no tiles and ignores it. Default: the tuned ones (see flash.info).
 
