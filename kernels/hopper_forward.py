@@ -16,6 +16,7 @@ A weight of 0 does not keep a NaN of v from queries that must not see it. Tiles 
 which come first: where acc is not finite after them, it is found again key by key, from the visible pairs alone.
 
 Same contract as `forward.forward`, for the calls that `unserved` lets pass.
+Compiled and simulated, not yet run on a GPU.
 """
 
 import torch

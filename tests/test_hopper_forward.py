@@ -415,6 +415,39 @@ def test_the_softmax_is_hidden_and_nothing_spills(head_dim: int, variant: str) -
     compiled_well(head_dim, hopper_forward.CONFIGS[head_dim, bool(VARIANTS[variant])][0], variant, "bfloat16")
 
 
+class Absent:
+    """As much of a Hopper GPU's driver as compiling asks for."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.aot
+def test_a_launch_with_all_its_operands_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    # through Triton's own specialisation of descriptors, tuples and absent operands, which the report writes by hand
+    import triton
+
+    made = []
+
+    def warm(kernel: Any, programs: int, device: Any, config: Config, *args: Any, **options: int) -> None:
+        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        made.append(kernel.warmup(*args, grid=(programs,), **blocks, **options))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Absent())
+    monkeypatch.setattr(hopper_forward, "launch", warm)
+    options = {"causal": True, "window": (5, None), "q_offset": torch.tensor([1, -2]), "sinks": torch.randn(2)}
+    call(inputs(lambda x: x, batch=2, heads_k=1, seqlen_k=33, **options), Config(128, 64, 8, 2))
+    assert made[0].metadata.num_warps == 12 and made[0].metadata.shared < 227 * 1024
+
+
 @pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
