@@ -56,7 +56,7 @@ HEAD_DIMS = (64, 128)
 STATISTICS = 2**31  # TMA's coordinates are 32-bit, and lse is one axis to it
 
 # head_dim: tiles that compile without local memory in the main loops, with all exponentials under dp^T: 168 registers,
-# 131, 98, 178 and 211 KiB of shared memory, at most 128 bytes spilled before and behind them. num_stages counts the
+# 131, 98, 178 and 211 KiB of shared memory, at most 136 bytes spilled before and behind them. num_stages counts the
 # ring's slots. The first is the one to use until one is measured.
 CONFIGS = {
     64: (Config(64, 128, 8, 4), Config(64, 128, 8, 2)),

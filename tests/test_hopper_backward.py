@@ -458,7 +458,7 @@ def test_main_loops_touch_no_local_memory_and_hide_their_exponentials(
     made = resources.report("cuda:90", kernel, variant, config, listing=True)
     assert made.faults == () and not made.serialized
     assert made.shared <= SHARED[kernel, head_dim, config.num_stages] * 1024
-    assert made.spill_bytes <= 128  # before the loops, and in those that mask
+    assert made.spill_bytes <= 136  # before the loops, and in those that mask
     loops = [loop for loop in made.loops if "exp2" in loop.counts]
     assert len(loops) == 4  # of each consumer one over full tiles and one over those that are masked
     full = sorted(loops, key=lambda loop: loop.instructions)[:2]
