@@ -44,7 +44,7 @@ def attend(
     if plan is None:
         return planned(key, Problem.of(q, k, v, causal=causal, scale=scale, softcap=softcap, backend=backend))
     o = dense_like(q, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = torch.empty_strided(*plan.rows, dtype=torch.float32, device=q.device)
     if (q.data_ptr() | k.data_ptr() | v.data_ptr() | o.data_ptr() | lse.data_ptr()) % 16:
         return None
     return (o, lse) if plan.launch(q, k, v, o, lse) else None
@@ -54,10 +54,10 @@ def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a call's tensors or torch's state ask for more than the output's values."""
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
         return True
-    if q.device.type != DEVICE or q.dtype not in HALVES:
+    if q.device.type != DEVICE or q.dtype not in HALVES or q.dim() != 4:
         return True
     for x in (q, k, v):
-        if x.is_nested or x.layout is not torch.strided or x.dim() != 4 or x.is_neg():
+        if x.is_nested or x.layout is not torch.strided or x.is_neg():
             return True
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True

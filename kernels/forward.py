@@ -139,6 +139,7 @@ class Plan(NamedTuple):
         programs: how many.
         device: of the tensors.
         strides: of q, k, v and o.
+        rows: shape and strides of lse.
         rest: the kernel's arguments after lse.
     """
 
@@ -146,6 +147,7 @@ class Plan(NamedTuple):
     programs: int
     device: torch.device
     strides: tuple[tuple[int, ...], ...]
+    rows: tuple[tuple[int, ...], tuple[int, ...]]
     rest: tuple[Any, ...]
 
     def launch(self, *tensors: torch.Tensor) -> bool:
@@ -212,4 +214,5 @@ def planned_forward(
     if compiled is None or any(x is not None for x in mods):
         return o, lse, None
     strides = tuple(tuple(x[1:]) for x in views)
-    return o, lse, Plan(compiled, programs, q.device, strides, (*rest, config.block_m, config.block_n))
+    rows = tuple(lse.shape), lse.stride()
+    return o, lse, Plan(compiled, programs, q.device, strides, rows, (*rest, config.block_m, config.block_n))
