@@ -16,7 +16,9 @@ from tests.bounds import Inputs, check
 from tests.calls import Place, random_inputs
 
 BLOCKS = st.sampled_from([16, 32])
-CONFIGS = st.builds(Config, block_m=BLOCKS, block_n=BLOCKS, num_warps=st.just(4), num_stages=st.just(1))
+TILE = {"block_m": BLOCKS, "block_n": BLOCKS, "num_warps": st.just(4), "num_stages": st.just(1)}
+FORWARDS, BACKWARDS = (st.builds(Config, **TILE, ahead=ahead) for ahead in (st.booleans(), st.just(False)))
+CONFIGS = st.builds(Configs, forward=FORWARDS, dkdv=BACKWARDS, dq=BACKWARDS)
 LENGTHS = st.one_of(st.integers(0, 70), st.sampled_from([1, 15, 16, 17, 31, 32, 33, 48, 64]))
 SCALES = st.one_of(st.none(), st.sampled_from([0.0, -0.7, 1e-38, 3.0]))
 STRIDES = list(calls.strided(lambda x: x, (1, 1, 1, 1), torch.float64))
@@ -59,7 +61,7 @@ def hold(place: Place, keywords: dict[str, Any], configs: Configs) -> None:
     check(calls.backward(x, configs), x)
 
 
-CALLS = given(drawn(), st.builds(Configs, forward=CONFIGS, dkdv=CONFIGS, dq=CONFIGS))
+CALLS = given(drawn(), CONFIGS)
 COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -109,7 +111,7 @@ def hold_triple(place: Place, backend: str, drawn: tuple[list[str], features.Siz
 
 
 BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
-TRIPLES = given(triples(), st.builds(Configs, forward=CONFIGS, dkdv=CONFIGS, dq=CONFIGS))
+TRIPLES = given(triples(), CONFIGS)
 
 
 @BOTH
