@@ -30,9 +30,6 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("survivors.txt")
 SOURCES = ("kernels/[!h]*.py", "flash/mods.py")  # Hopper kernels are simulated, with mutants of their own
-    "kernels/[!h]*.py",
-    "flash/mods.py",
-)  # the Hopper kernels are simulated: their tests have mutants of their own
 LEAST = 0.97  # of the mutants that are not equivalent
 PATIENCE = 5.0  # seconds, and ten times what a case takes unchanged
 ENOUGH = 2.0  # seconds of cases for a mutant that is listed as equivalent
