@@ -13,8 +13,10 @@ import importlib.util
 import os
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -45,8 +47,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test marked `interpret` runs where kernels are interpreted, and by `-m gpu` on a GPU, unless gpu=False."""
+    """A test marked `interpret` runs where kernels are interpreted, and by `-m gpu` on a GPU, unless gpu=False.
+
+    Of one marked `sampled(n)` as well every n-th set of parameters, drawn by name, is for all runs; others are slow's.
+    """
     on_gpu = _asks_for(config, "gpu") and not _interpreted()
+    drawn: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and item.get_closest_marker("interpret"):
+            drawn[item.nodeid.partition("[")[0]].append(item)
+    for function in drawn.values():
+        mark = function[0].get_closest_marker("sampled")
+        assert mark is not None
+        function.sort(key=lambda item: crc32(item.name.encode()))
+        for item in function[-(-len(function) // mark.args[0]) :]:
+            item.add_marker(pytest.mark.slow)
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         mark = item.get_closest_marker("interpret")

@@ -22,6 +22,7 @@ BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks
 KEYWORDS = [name for name in features.FEATURES if name not in ("causal", "q_offset", "padding")]
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_is_right_forward_and_backward(place: Place, backend: str, name: str) -> None:
@@ -30,6 +31,7 @@ def test_every_keyword_is_right_forward_and_backward(place: Place, backend: str,
     check(features.run(x, backend), features.known(x))
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("form", ["dense", "packed"])
 def test_all_keywords_go_together(place: Place, backend: str, form: str) -> None:
@@ -61,6 +63,7 @@ def test_the_common_rules_are_shipped_with_their_twins() -> None:
     assert [name for name in names if not callable(getattr(mods, name, None))] == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.interpret(gpu=False)  # the interpreter counts the work
 @pytest.mark.parametrize("rule", ["causal", "window", "padding", "document", "block_mask"])
 def test_hidden_tiles_are_not_visited(place: Place, launches: list[Any], rule: str) -> None:
@@ -124,7 +127,7 @@ def test_key_padding_costs_a_byte_a_key(place: Place, backend: str) -> None:
     assert mask.numel() == 2 * 23 and mask.element_size() == 1
 
 
-@BOTH
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.interpret, pytest.mark.slow])])
 def test_gradients_pass_gradcheck(place: Place, backend: str) -> None:
     """test_pairs.py: every feature, and every pair of them."""
     features.gradcheck(features.call_of(place, ["window", "bias", "sinks"]), backend)

@@ -24,6 +24,7 @@ def same_bits(place: Place, got: Outputs, want: Outputs) -> bool:
     return torch.equal(got.o, want.o) and torch.equal(got.lse, want.lse)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", features.NAMES)
@@ -39,6 +40,7 @@ def test_every_feature_is_served(place: Place, name: str, dtype: torch.dtype) ->
     assert same_bits(place, *both)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.interpret
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_k", [0, 1, 15, 16, 17, 32, 33, 113])

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_same_training_with_both_attentions_has_the_same_losses(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture needs the bench extra")
     picture = tmp_path / "curves.png"

@@ -368,7 +368,7 @@ for name in names:
     ("way", "names"),
     [
         ("fused", ["nothing", "window", "padding", "sinks", "mask_mod", "block_mask"]),
-        ("blocks", ["nothing", "bias", "alibi", "softcap", "dropout", "score_mod"]),
+        pytest.param("blocks", ["nothing", "bias", "alibi", "softcap", "dropout", "score_mod"], marks=pytest.mark.slow),
     ],
 )
 def test_memory_grows_with_length_not_its_square(way: str, names: list[str]) -> None:

@@ -59,6 +59,7 @@ def one_head(place: Place, **options: Any) -> Inputs:
     return random_inputs(place, **{"heads": 1, "heads_k": 1, "head_dim": 64, "dtype": torch.float16, **options})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.interpret
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -108,6 +109,7 @@ def test_the_position_may_be_a_tensor(place: Place, backward: Backward) -> None:
     check(backward(x), x)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.interpret
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads, heads_k", [(4, 2), (3, 1)])

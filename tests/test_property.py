@@ -66,7 +66,7 @@ COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(He
 
 
 @pytest.mark.interpret
-@settings(COMMON, max_examples=25)
+@settings(COMMON, max_examples=15)
 @CALLS
 def test_a_drawn_call_equals_the_oracle(place: Place, keywords: dict[str, Any], configs: Configs) -> None:
     hold(place, keywords, configs)

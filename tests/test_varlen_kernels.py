@@ -29,6 +29,7 @@ def mixes() -> list[tuple[tuple[int, int], ...]]:
     return [*found, ((0, 0),) * 4, ((0, 0), (17, 17), (0, 0), (0, 0)), ((17, 0), (0, 17), (17, 0), (0, 17))]
 
 
+@pytest.mark.sampled(2)
 @BOTH
 @pytest.mark.parametrize("lengths", mixes(), ids=str)
 def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tuple[int, int], ...]) -> None:
@@ -44,6 +45,7 @@ def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tu
             assert got.dk is not None and (got.dk[end_k - m : end_k] == 0).all()
 
 
+@pytest.mark.sampled(4)
 @BOTH
 @pytest.mark.parametrize(
     "names", [[name] for name in features.FEATURES] + [["causal", "window", "bias", "groups"]], ids=str
