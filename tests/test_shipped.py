@@ -37,7 +37,11 @@ def check(table: tables.Table, row: tables.Row, calls: tuple[Variant, ...]) -> N
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("table", "row"),
-    [pytest.param(*each, id=name) for each, name in zip(ROWS, NAMES, strict=True) if each[1].dtype == "bfloat16"],
+    [
+        pytest.param(*each, id=name)
+        for each, name in zip(ROWS, NAMES, strict=True)
+        if each[1].dtype == "bfloat16" and each[0].target.startswith("cuda:")  # AMD's compile for twice as long
+    ],
 )
 def test_bfloat16_row_compiles_fits_and_keeps_its_figures(table: tables.Table, row: tables.Row) -> None:
     pytest.importorskip("triton")
