@@ -51,8 +51,9 @@ HEAD_DIMS = (64, 128, 256)  # of a tile in shared memory; TMA fills what a head 
 REGISTERS = {2: 168, 3: 128}  # of a thread at launch, by the number of consumers: all there are
 RESIDENT = 32 * 2**20  # bytes of K and V that stay in the 50 MB of L2 while their queries pass
 
-# (columns of a tile, whether some visible pair is hidden by position): tiles that compile without a spill and with the
-# softmax under p v. block_m is 64 for each consumer, num_warps 4, num_stages counts slots. The first is the one to use.
+# (columns of a tile, whether some visible pair is hidden by position): tiles that compile with the softmax under p v
+# and without a spill (Triton 3.6 spills up to 16 bytes of 256 columns, outside the loops). block_m is 64 for each
+# consumer, num_warps 4, num_stages counts slots. The first is the one to use.
 CONFIGS = {
     (64, False): (Config(192, 128, 12, 2), Config(128, 128, 8, 2)),
     (64, True): (Config(128, 128, 8, 2),),

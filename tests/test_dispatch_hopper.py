@@ -141,3 +141,30 @@ def test_a_config_of_three_warpgroups_is_theirs_alone() -> None:
     assert Problem.of(q, q, q, backend="hopper", config=three).configs[0] == three
     with pytest.raises(ValueError, match="block_m must be one of"):
         Problem.of(q, q, q, config=three)
+
+
+@pytest.mark.interpret(gpu=False)  # on a GPU the kernels' own tests launch them
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_call_by_name_runs_both_kernels_and_gets_the_oracle_s_numbers(
+    monkeypatch: pytest.MonkeyPatch, causal: bool
+) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from flash.kernels import hopper_backward, hopper_forward
+    from tests import features
+    from tests.bounds import check
+    from tests.calls import random_inputs
+    from tests.interpreter.gluon import Simulated
+
+    ran = []
+
+    class Watched(Simulated):
+        def __getitem__(self, grid: Any) -> Any:
+            ran.append(self.kernel.fn.__module__)
+            return super().__getitem__(grid)
+
+    monkeypatch.setattr(dispatch, "hopper_refuses", lambda device, dtype: None)
+    monkeypatch.setattr(hopper_forward, "forward_kernel", Watched(hopper_forward.forward_kernel))
+    monkeypatch.setattr(hopper_backward, "backward_kernel", Watched(hopper_backward.backward_kernel))
+    x = random_inputs(lambda t: t, seqlen_q=70, head_dim=64, dtype=torch.float16, causal=causal)
+    check(features.run(x, "hopper", None), x)
+    assert ran == [hopper_forward.__name__, hopper_backward.__name__]

@@ -85,6 +85,7 @@ class Program:
             thread.turn.release()
         return me
 
+    @torch.no_grad()  # a thread has a mode of its own, and a machine records nothing
     def run(self, thread: Thread, function: Callable[..., Any], args: Sequence[Any]) -> None:
         """The life of a thread."""
         here.thread, here.program = thread, self
