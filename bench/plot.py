@@ -282,8 +282,10 @@ def draw_long(record: Record, path: Path) -> Path | None:
                     axes.plot(*zip(*points, strict=True), "o-", color=COLOURS.get(peer), label=text, **style)
             lost_lengths(axes, record, curve, what, memory)
             axes.set_yscale("log")
-            axes.margins(x=0.1, y=0.3)
-            seqlen_axis(axes, [case.seqlen_k for case in curve])
+            axes.margins(y=0.4)  # room for the words above
+            lengths = [case.seqlen_k for case in curve]
+            seqlen_axis(axes, lengths)
+            axes.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
             axes.set_ylabel("MB, beyond inputs and outputs" if memory else "milliseconds")
             axes.set_title(f"{curve[0].label}, causal, {NAMES[what]}: {where(curve[0])}", fontsize=9)
             axes.grid(alpha=0.3)
@@ -293,14 +295,15 @@ def draw_long(record: Record, path: Path) -> Path | None:
 
 
 def lost_lengths(axes: "Axes", record: Record, curve: Sequence[Case], what: str, memory: bool) -> None:
-    """Writes above a length which peers have no number there, and why in a word."""
+    """Writes above a length why a peer has no number there, the peers of one reason below its word."""
     for case in curve:
-        words = []
+        found: dict[str, list[str]] = {}
         for peer in present(record, curve, what):
             row = record.row(case.name, peer, what)
             outcome = (row.peak_outcome if memory else row.outcome) if row else ""
             if outcome in MISSING:
-                words.append(f"{peer}\n{MISSING[outcome]}")
+                found.setdefault(f"{MISSING[outcome]}:", []).append(peer)
+        words = [word for reason, peers in found.items() for word in (reason, *peers)]
         axes.annotate("\n".join(words), (case.seqlen_k, 0.98), xycoords=("data", "axes fraction"),
                       ha="center", va="top", fontsize=6)  # fmt: skip
 

@@ -75,13 +75,13 @@ def weigh_in_child(case: Case, peer: str, what: str, settings: Settings) -> Row:
 
 
 def weigh_all(record: Record, cases: Sequence[Case], peers: Sequence[str], settings: Settings, step: Progress) -> None:
-    """Peak memory of cases on a CPU, two processes at a time: nothing is timed meanwhile."""
+    """Peak memory of cases on a CPU, two processes at a time: nothing is timed meanwhile. Peaks that are known stay."""
     jobs = [
         (case, peer, what)
         for case in cases
         for peer in peers
         for what in passes_of(case, settings.device)
-        if what in MEMORY_PASSES
+        if what in MEMORY_PASSES and not has_peak(record, case, peer, what)
     ]
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = {pool.submit(weigh_in_child, *job, settings): job for job in jobs}
@@ -111,6 +111,12 @@ def time_all(
             record.add(measured(case, peer, tensors, expected, settings))
             step(f"{case.name}, {peer.name}")
         finished(case)
+
+
+def has_peak(record: Record, case: Case, peer: str, what: str) -> bool:
+    """Whether a record has a peak, from an earlier run."""
+    row = record.row(case.name, peer, what)
+    return row is not None and row.peak_bytes is not None
 
 
 def done(record: Record, case: Case, peer: Peer, device: torch.device) -> bool:

@@ -5,6 +5,7 @@ tensors are 16-byte aligned. What is anything else, or comes where torch watches
 transforms, modes, autocast, tracing, subclasses of Tensor. The result is the same to the bit.
 """
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from . import dispatch
 from .kernels.spec import dense_like
 from .problem import Problem
 
-DEVICE = "cuda"  # where launching costs: elsewhere no kernel is compiled
+SERVED = attrgetter("is_cuda")  # where launching costs: elsewhere no kernel is compiled
 TRITONS = ((3, 6), (3, 9))  # first and last whose launch is known
 MOST = 4096  # plans kept; then all are forgotten
+ALIGNED = 16  # bytes: what Triton compiles other code for
 HALVES = (torch.float16, torch.bfloat16)  # of others a setting of torch's makes another kernel
 
 plans: dict[tuple[Any, ...], Any] = {}
@@ -36,29 +38,33 @@ def attend(
         return None
     if not (scale is None or type(scale) is float) or not (softcap is None or type(softcap) is float):
         return None  # 1 == True == 1.0, and not all of them are right
-    key = (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
-        v.device, causal, scale, softcap, backend,
-    )  # fmt: skip
+    try:
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNED:
+            return None
+        key = (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.get_device(),
+            k.get_device(), v.get_device(), causal, scale, softcap, backend,
+        )  # fmt: skip
+    except RuntimeError:  # sparse or nested: they have no address or no strides
+        return None
     plan = plans.get(key)
     if plan is None:
+        if q.dtype not in HALVES or q.dim() != 4:
+            return None
         return planned(key, Problem.of(q, k, v, causal=causal, scale=scale, softcap=softcap, backend=backend))
-    o = dense_like(q, v.shape[3])
-    lse = torch.empty_strided(*plan.rows, dtype=torch.float32, device=q.device)
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr() | o.data_ptr() | lse.data_ptr()) % 16:
+    o = dense_like(q, plan.head_dim_v)
+    lse = torch.empty_strided(*plan.rows, dtype=torch.float32, device=plan.device)
+    if (o.data_ptr() | lse.data_ptr()) % ALIGNED or not plan.launch(q, k, v, o, lse):
         return None
-    return (o, lse) if plan.launch(q, k, v, o, lse) else None
+    return o, lse
 
 
 def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a call's tensors or torch's state ask for more than the output's values."""
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor) or not SERVED(q):
         return True
-    if q.device.type != DEVICE or q.dtype not in HALVES or q.dim() != 4:
+    if q.is_neg() or k.is_neg() or v.is_neg():
         return True
-    for x in (q, k, v):
-        if x.is_nested or x.layout is not torch.strided or x.is_neg():
-            return True
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True
     return (
@@ -80,7 +86,7 @@ def planned(key: tuple[Any, ...], problem: Problem) -> tuple[torch.Tensor, torch
 
     config = dispatch.tuned(p, "forward").config
     o, lse, plan = planned_forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions, config)
-    aligned = all(x.data_ptr() % 16 == 0 for x in (p.q, p.k, p.v, o, lse))
+    aligned = all(x.data_ptr() % ALIGNED == 0 for x in (p.q, p.k, p.v, o, lse))
     if plan is not None and aligned:
         if len(plans) >= MOST:
             plans.clear()

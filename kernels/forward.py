@@ -140,6 +140,7 @@ class Plan(NamedTuple):
         device: of the tensors.
         strides: of q, k, v and o.
         rows: shape and strides of lse.
+        head_dim_v: of o.
         rest: the kernel's arguments after lse.
     """
 
@@ -148,6 +149,7 @@ class Plan(NamedTuple):
     device: torch.device
     strides: tuple[tuple[int, ...], ...]
     rows: tuple[tuple[int, ...], tuple[int, ...]]
+    head_dim_v: int
     rest: tuple[Any, ...]
 
     def launch(self, *tensors: torch.Tensor) -> bool:
@@ -215,4 +217,5 @@ def planned_forward(
         return o, lse, None
     strides = tuple(tuple(x[1:]) for x in views)
     rows = tuple(lse.shape), lse.stride()
-    return o, lse, Plan(compiled, programs, q.device, strides, rows, (*rest, config.block_m, config.block_n))
+    tiles = config.block_m, config.block_n
+    return o, lse, Plan(compiled, programs, q.device, strides, rows, v.shape[3], (*rest, *tiles))

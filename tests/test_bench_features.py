@@ -177,6 +177,20 @@ def test_a_mask_that_stands_for_a_feature_weighs() -> None:
     assert peak > 0.9 * 4096**2
 
 
+def test_a_peak_of_an_earlier_run_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh(case: Case, peer: str, what: str) -> Row:
+        return Row(case.name, peer, what, peak_bytes=9, peak_outcome="ok")
+
+    case = tiny("window")
+    made = Record(record.machine(CPU, 1), {}, {}, {}, {})
+    made.add([Row(case.name, OURS, "forward", peak_bytes=7, peak_outcome="ok")])
+    made.add([Row(case.name, SDPA, "forward", peak_outcome="skipped")])
+    monkeypatch.setattr(run, "weigh_in_child", lambda case, peer, what, _: fresh(case, peer, what))
+    run.weigh_all(made, [case], [OURS, SDPA], FAST, lambda text: None)
+    peaks = {(peer, what): row.peak_bytes for (_, peer, what), row in made.rows.items()}
+    assert peaks == {(OURS, "forward"): 7, (OURS, "both"): 9, (SDPA, "forward"): 9, (SDPA, "both"): 9}
+
+
 def invented(cost: float) -> Record:
     """Every feature at `cost` times plain, the bias gradient at twice the bias, SDPA out of memory where it is long."""
     made = Record(record.machine(CPU, 1), run.described(run.parse([]), FAST), {}, {}, {})
@@ -214,7 +228,7 @@ def test_features_and_long_sequences_are_drawn_with_what_is_missing(tmp_path: Pa
     plot.feature_bars(panels[0][0], made, report.shapes_of(made, "feature")[0], "both")
     assert [text.get_text() for text in panels[0][0].texts].count(" 3.00x") > 20
     plot.lost_lengths(panels[0][1], made, report.long_curves(made)[0], "forward", memory=True)
-    assert any("sdpa\nOOM" in text.get_text() for text in panels[0][1].texts)
+    assert any("OOM:\n" in text.get_text() and "\nsdpa" in text.get_text() for text in panels[0][1].texts)
 
 
 def test_a_small_run_of_features_has_files_of_its_own(tmp_path: Path) -> None:

@@ -69,6 +69,15 @@ def test_the_wrong_mutants_of_a_toy_die_and_the_others_are_told() -> None:
     assert not any(toy.check(case) for case in toy.CASES)  # this process was not touched
 
 
+@pytest.mark.interpret(gpu=False)
+def test_every_call_shown_to_mutants_can_be_made() -> None:
+    from tests.mutation.slice import CASES, inputs_of
+
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        inputs_of(case)
+
+
 def test_a_run_fails_for_a_survivor_that_is_not_listed_or_too_low_a_rate() -> None:
     some = mutants(toy.PATH, SOURCE)[:4]
     killed = [Result(mutant, "case", 0.1) for mutant in some]

@@ -15,4 +15,5 @@ def test_a_call_made_before_costs_little_more_than_its_allocations() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["flash_attention"] < 40 * found["torch.empty_like"], found
+    assert found["flash_attention"] < 3 * found["scaled_dot_product_attention"], found
     assert found["flash_attention"] < 0.5 * found["without a plan"], found

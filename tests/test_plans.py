@@ -22,7 +22,7 @@ from flash.autotune import tables
 from flash.kernels.forward import forward_kernel
 from flash.kernels.spec import Config
 
-plans.DEVICE = "cpu"
+plans.SERVED = lambda x: x.is_cpu
 dispatch.choose = lambda *_: "triton"
 dispatch.target_of = lambda device: "cuda:90"
 dispatch.tuned = lambda *_: tables.Choice(Config(32, 32, 4, 1), "small tiles compile fast")
@@ -173,6 +173,13 @@ for options in ({name: value} for name, value in strange.items()):
     except ValueError as error:
         wrong.append(str(error))
 found["wrong"] = len(wrong)
+without_strides = [torch.nested.nested_tensor([q[0], q[0]]), q.to_sparse(), q[:1, :1, :1, :1].to_sparse()]
+found["without strides"] = []
+for x in without_strides:
+    try:
+        flash_attention(x, x, x)
+    except (ValueError, NotImplementedError) as error:
+        found["without strides"].append(str(error))
 stand_in.stream = 7
 plain()
 found["stream"] = made[-1].stream
@@ -203,6 +210,6 @@ def test_calls_that_triton_tells_apart_run_their_own_kernel(same: Any) -> None:
 
 def test_whatever_is_unusual_takes_the_ordinary_way() -> None:
     found = printed(SET_UP + UNUSUAL)
-    assert found.pop("wrong") == 6 and found.pop("stream") == 7
+    assert found.pop("wrong") == 6 and len(found.pop("without strides")) == 3 and found.pop("stream") == 7
     planned = {"second", "other tensors", "no_grad", "after"}
     assert {name for name, by_plan in found.items() if by_plan} == planned
