@@ -43,17 +43,54 @@ def swept(path: Path, run: Callable[[Job], worker.Outcome] = fast_when_small) ->
     return sweep.sweep(TARGET, GPU, CELLS, compile, run, Journal(path))
 
 
-def test_hopper_kernels_are_timed_where_they_run_with_the_tiles_that_they_ship() -> None:
-    from flash.kernels.hopper_forward import CONFIGS
+def hopper_cells() -> list[sweep.Cell]:
+    """A cell for each (kernel, head_dim, causal) that a sweep gives the Gluon kernels."""
+    found = sweep.cells(TARGET, ["bfloat16"], tables.HEAD_DIMS, [1024])
+    return [cell for cell in found if cell.need.kernel in tables.HOPPER]
 
+
+def test_hopper_kernels_are_timed_where_they_run() -> None:
     assert {cell.need.kernel for cell in EVERY} == {*tables.KERNELS, *tables.HOPPER}
-    assert sweep.tried(TARGET, offline.Need("hopper_forward", "bfloat16", 128, False)) == tuple(
-        dict.fromkeys(CONFIGS[128, False] + CONFIGS[128, True])
-    )
     others = [*sweep.cells("cuda:80", ["bfloat16"], [64], [1024]), *sweep.cells(TARGET, ["float32"], [64], [1024])]
     assert {cell.need.kernel for cell in others} == {*tables.KERNELS}
     wide = {cell.need.kernel for cell in sweep.cells(TARGET, ["bfloat16"], [256], [1024])}
     assert wide == {*tables.KERNELS, "hopper_forward"}
+
+
+def shipped(cell: sweep.Cell) -> list[Config]:
+    from flash.kernels import hopper_backward, hopper_forward
+
+    module = hopper_forward if cell.need.kernel == "hopper_forward" else hopper_backward
+    return list(module.candidates(cell.need.head_dim, cell.causal))
+
+
+def test_every_tile_that_a_hopper_kernel_ships_is_timed_whatever_it_spills() -> None:
+    seen: list[Variant] = []
+
+    def spills(target: str, kernel: str, variant: Variant, config: Config) -> Report:
+        seen.append(variant)
+        return Report(target, 168, 4 * config.num_stages + config.num_warps, 1000, 128 * 128 * 19, 0, (), ())
+
+    for cell in hopper_cells():
+        seen.clear()
+        assert list(sweep.survivors(TARGET, cell.need, spills)) == shipped(cell), cell
+        assert {variant.causal for variant in seen} == {cell.causal}
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=f"{cell.need.kernel}-{cell.need.head_dim}-{'causal' if cell.causal else 'full'}")
+        for cell in hopper_cells()
+        if cell.need.head_dim >= 64  # smaller heads lie in tiles of 64 too
+    ],
+)
+def test_every_tile_that_a_hopper_kernel_ships_survives_the_compiler(cell: sweep.Cell) -> None:
+    from flash.autotune.resources import report
+
+    assert list(sweep.survivors(TARGET, cell.need, report)) == shipped(cell)
 
 
 def test_fastest_right_candidate_wins_its_cell(tmp_path: Path) -> None:
