@@ -40,7 +40,7 @@ class Row(NamedTuple):
         config: what to launch with.
         shared: bytes of shared memory that it takes at most, 0 = unknown.
         spill_bytes: bytes a thread spills, the worst variant.
-        ms: median milliseconds of the timed call, 0 = untimed.
+        ms: median milliseconds of the timed call, 0 = untimed; delta's count with dq, none with dkdv.
     """
 
     kernel: str

@@ -417,15 +417,52 @@ def test_clock_times_the_kernel_of_the_job(kernel: str, device: torch.device, mo
 
     def clock(call: Callable[[], Any]) -> tuple[float, float, float]:
         found.append(call())
-        return 1.0, 0.9, 1.1
+        return 2.0 / len(found), 1.5 / len(found), 2.5 / len(found)
 
     target = "interpreter" if device.type == "cpu" else "cuda:90"
     job = Job(target, kernel, "float32", 16, False, False, 32, Config(16, 16, 4, 1))
-    assert measure.time(job, device, clock) == (1.0, 0.9, 1.1)
-    shapes = [None if x is None else tuple(x.shape) for x in found[0]]
+    assert measure.time(job, device, clock) == ((1.0, 0.5, 1.5) if kernel == "dkdv" else (2.0, 1.5, 2.5))
+    shapes = [[None if x is None else tuple(x.shape) for x in each] for each in found]
     whole = (2, 2, 32, 16)
     expected = {"forward": [whole, whole[:3]], "dkdv": [None, whole, whole], "dq": [whole, None, None]}
-    assert shapes == expected[kernel] + [None] * (len(shapes) - len(expected[kernel]))
+    assert shapes[0] == expected[kernel] + [None] * (len(shapes[0]) - len(expected[kernel]))
+    assert shapes[1:] == ([[None] * 6] if kernel == "dkdv" else [])
+
+
+MADE_UP = {"forward_kernel": 1.0, "delta_kernel": 0.25, "dkdv_kernel": 4.0, "dq_kernel": 2.0}  # ms of a launch
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the plain kernels that are launched; none of them runs."""
+    from flash.kernels import backward, forward
+
+    names: list[str] = []
+    monkeypatch.setattr(measure, "TOKENS", 64)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "launch", lambda kernel, *args: names.append(kernel.fn.__name__))
+    return names
+
+
+def test_times_of_dkdv_and_dq_add_up_to_one_backward_pass(launched: list[str]) -> None:
+    def clock(call: Callable[[], Any]) -> tuple[float, float, float]:
+        launched.clear()
+        call()
+        ms = sum(MADE_UP[name] for name in launched)
+        return ms, ms, ms
+
+    def took(kernel: str) -> float:
+        job = Job("cuda:90", kernel, "bfloat16", 64, False, True, 64, Config(64, 64, 4, 2))
+        return measure.time(job, torch.device("cpu"), clock)[0]
+
+    assert took("dkdv") == MADE_UP["dkdv_kernel"]
+    assert took("forward") + took("dkdv") + took("dq") == sum(MADE_UP.values())  # delta's once
+
+
+def test_a_clock_too_coarse_for_dkdv_gives_no_time(launched: list[str]) -> None:
+    job = Job("cuda:90", "dkdv", "bfloat16", 64, False, True, 64, Config(64, 64, 4, 2))
+    with pytest.raises(ArithmeticError, match="delta takes 1 ms alone"):
+        measure.time(job, torch.device("cpu"), lambda call: (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("field", ["gpu", "triton", "kernels"])
