@@ -352,7 +352,7 @@ def test_offline_writes_an_untimed_table_and_resumes(tmp_path: Path, monkeypatch
     monkeypatch.setattr("flash.autotune.resources.report", compile)
     assert sweep.main(arguments) == 0
     made = read(path)
-    assert not made.timed and made.gpu == "" and "ms" in json.loads(path.read_text())["rows"][0]
+    assert not made.timed and made.gpu == made.kernels == "" and "ms" in json.loads(path.read_text())["rows"][0]
     needs = [offline.Need(*each[:5]) for each in made.rows]
     assert sorted(needs, key=str) == sorted(offline.needs(TARGET, ["bfloat16"], [64]), key=str)
     assert all(each.spill_bytes == 0 and each.config.block_m * each.config.block_n <= 4096 for each in made.rows)
@@ -476,3 +476,12 @@ def test_timings_of_another_gpu_or_of_other_kernels_are_not_kept(tmp_path: Path,
     assert found is not None
     assert {each.head_dim for each in found.rows} == {32, 64}  # untimed rows only say what fits
     assert getattr(found, field) == other
+
+
+def test_rows_chosen_by_compiling_join_those_that_are_timed(tmp_path: Path) -> None:
+    path = tmp_path / "cuda_90.json"
+    store.save(path, table(row(16, ms=1.0)))
+    store.save(path, table(row(64))._replace(gpu="", kernels=""))
+    found = tables.load(path, {"target": TARGET, "gpu": GPU, "kernels": tables.kernel_hash()})
+    assert found is not None and found.timed
+    assert {each.head_dim for each in found.rows} == {16, 64}
