@@ -275,7 +275,23 @@ def test_shipped_tables_are_sound_and_untimed_unless_they_name_a_gpu_and_its_ker
         assert path.name == tables.table_name(made.target)
         assert made.timed == any(row.ms > 0 for row in made.rows) == bool(made.gpu) == bool(made.kernels)
         assert all(0 < row.shared <= tables.shared_limit(made.target) for row in made.rows)
-    assert set(targets) >= {"cuda:80", "cuda:90", "hip:gfx942"}
+    assert set(targets) >= {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kernel", tables.KERNELS)
+def test_no_formula_chooses_for_half_precision_on_a_gpu_of_today(
+    kernel: str, dtype: str, head_dim: int, causal: bool
+) -> None:
+    own = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+    near = {"cuda:103": "cuda:100", "cuda:120": "cuda:80", "cuda:121": "cuda:80", "hip:gfx950": "hip:gfx942"}
+    said = {target: f"shipped table of {target}" for target in own} | {
+        target: f"the row of {other}, untimed, fits" for target, other in near.items()
+    }
+    for target, words in said.items():
+        assert words in tables.lookup(target, kernel, dtype, head_dim, 4096, causal).reason
 
 
 def test_no_call_waits_for_a_file_that_is_no_table(folder: Path) -> None:
