@@ -104,6 +104,10 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         size_q, size_k = map(int, detail.split("x"))
         shape = batch, sizes.heads, seqlen_q, seqlen_k
         return {"block_mask": create_block_mask(sieve, *shape, device="cpu", BLOCK_SIZE=(size_q, size_k))}
+    if name == "below":  # blocks of so many queries and keys, most of them whole or empty
+        shape = None, None, seqlen_q, seqlen_k
+        made = create_block_mask(lambda b, h, i, j: j <= i, *shape, device="cpu", BLOCK_SIZE=int(detail))
+        return {"block_mask": made}
     raise ValueError(name)
 
 
@@ -310,7 +314,7 @@ CASES = [
     Case("block_mask", config=TINY),
     Case("blocks:16x16", ONE._replace(batch=2, heads=2), config=TINY),
     Case("block_mask", LONG._replace(seqlen_q=20), config=TINY, planted="hidden"),
-    Case("block_mask", LONG, config=AHEAD),
+    Case("below:16", LONG, config=AHEAD),  # whole blocks, read ahead
     Case("blocks:32x64", LONG, config=TINY),
     Case("blocks:16x1024", config=TINY),
     Case("blocks:32x64", LONG, config=TINY, planted="seen"),
