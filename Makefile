@@ -21,6 +21,7 @@ TORCH = "$$(grep '^torch==' constraints.txt)"
 PYTEST = -m pytest -q -n $(JOBS)
 OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
 COMPAT = 3.6.0 3.9.0
+HOPPER_COMPAT = 3.6.0 # what the Gluon kernels are compiled with besides the pinned Triton
 
 .PHONY: help setup test test-slow test-all test-gpu compat mutants coverage lint bench sweep build clean
 
@@ -46,6 +47,7 @@ compat: $(COMPAT:%=compat-%) ## the interpreted kernel tests on other Tritons (P
 
 compat-%: .venv-triton-%/.ready
 	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) -m "interpret and not gpu and not slow"
+	$(if $(filter $*,$(HOPPER_COMPAT)),.venv-triton-$*/bin/python $(PYTEST) -m "aot and not slow" tests/test_hopper_*.py)
 
 mutants: $(READY) ## the tests are tested: small changes to the kernels, each of which they must notice
 	$(PY) -m tests.mutation.run --jobs $(JOBS) $(MUTANTS)
