@@ -4,27 +4,22 @@ Figures on a GPU are read from committed runs of `python -m bench.run --suite sp
 """
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.measure import Latency
+from bench.peers import OURS_ALL
+from bench.race import LEAD, LEAD_CASES, RIVALS, TARGETS
+from bench.record import Record, Row, load
 from flash.autotune import tables
 from flash.kernels.spec import Config
 
 ROOT = Path(__file__).parents[1]
 RUNS = [path for path in sorted(ROOT.glob("bench/results/*/speed.json")) if "h200" in path.parent.name.lower()]
 MEASURED = pytest.mark.xfail(not RUNS, strict=True, reason="has not run on an H200 yet")
-TARGETS = [  # TFLOP/s at length 8192 in bfloat16
-    ("d128 full 8192", "forward", 610),
-    ("d128 causal 8192", "forward", 580),
-    ("d64 full 8192", "forward", 480),
-    ("d256 causal 8192", "forward", 600),
-    ("d128 full 8192", "backward", 470),
-    ("d128 causal 8192", "backward", 430),
-]
 
 
 def named_test(module: str, name: str) -> Any:
@@ -85,23 +80,74 @@ def test_every_gpu_has_a_choice_and_its_basis(target: str, kernel: str) -> None:
         assert choice.reason and choice.config.block_m >= 16
 
 
+def ours(run: Record, case: str, what: str) -> Row:
+    """The fastest of what a user can have of ours, by any backend; rows without a number are passed over."""
+    rows = [row for peer in OURS_ALL if (row := run.row(case, peer, what)) and row.latency and row.tflops]
+    assert rows, f"none of {OURS_ALL} has a number for {case}, {what}"
+    return max(rows, key=lambda row: row.tflops or 0.0)
+
+
+def check_figure(run: Record, case: str, what: str, target: float) -> None:
+    """Ours reaches a rate, in TFLOP/s."""
+    assert (ours(run, case, what).tflops or 0.0) >= target
+
+
+def check_lead(run: Record, case: str, what: str, rival: str) -> None:
+    """Ours takes a rival's time over LEAD at most; a rival without a number proves nothing."""
+    own, theirs = ours(run, case, what).latency, run.row(case, rival, what)
+    assert own and theirs and theirs.latency, f"{rival} has no number for {case}, {what}"
+    assert LEAD * own.median <= theirs.latency.median
+
+
+LEADS = [(case, what, rival) for rival in RIVALS for what in ("forward", "backward") for case in LEAD_CASES]
+
+
 @MEASURED
 @pytest.mark.parametrize(("case", "what", "target"), TARGETS)
 def test_a_figure_is_reached(case: str, what: str, target: float) -> None:
     assert RUNS
     for run in RUNS:
-        rows = [row for row in json.loads(run.read_text())["rows"] if (row["case"], row["what"]) == (case, what)]
-        assert max(row["tflops"] for row in rows if row["peer"].startswith("flash")) >= target
+        check_figure(load(run), case, what, target)
 
 
 @MEASURED
-@pytest.mark.parametrize("what", ["forward", "backward"])
-@pytest.mark.parametrize("peer", ["tutorial", "flex"])
-def test_ours_is_ahead_of_what_is_written_in_triton(peer: str, what: str) -> None:
+@pytest.mark.parametrize(("case", "what", "rival"), LEADS)
+def test_ours_is_ahead_of_what_is_written_in_triton(case: str, what: str, rival: str) -> None:
     assert RUNS
     for run in RUNS:
-        rows = [row for row in json.loads(run.read_text())["rows"] if row["what"] == what and row["latency"]]
-        for row in rows:
-            if row["peer"] == peer:
-                ours = [r for r in rows if r["case"] == row["case"] and r["peer"].startswith("flash")]
-                assert 1.3 * min(r["latency"]["median"] for r in ours) <= row["latency"]["median"]
+        check_lead(load(run), case, what, rival)
+
+
+def made_up(**rates: float | None) -> Record:
+    """A run in which each peer has one rate, in TFLOP/s, in every case; None: the peer was there and has no number."""
+    run = Record({}, {}, {}, {}, {})
+    for peer, rate in rates.items():
+        took = Latency(1e3 / rate, 1e3 / rate, 1e3 / rate, 9) if rate else None
+        for case, what, _ in (*TARGETS, *LEADS):
+            outcome = "ok" if rate else "skipped"
+            run.add([Row(case, peer.replace("_", "-"), what, outcome, latency=took, tflops=rate)])
+    return run
+
+
+def missed(run: Record) -> int:
+    """How many of the checks above a run fails."""
+    count = 0
+    for check, asked in ((check_figure, TARGETS), (check_lead, LEADS)):
+        for each in asked:
+            try:
+                check(run, *each)
+            except AssertionError:
+                count += 1
+    return count
+
+
+def test_the_speed_of_others_is_not_ours() -> None:
+    every = len(TARGETS) + len(LEADS)
+    written = {"tutorial": 400.0, "flex": 450.0}
+    assert missed(made_up(flash=1.0, flash_attn_4=800.0, flash_attn_3=800.0, **written)) == every
+    assert missed(made_up(flash_attn_4=800.0, **written)) == every
+    assert missed(made_up(flash=620.0, flash_hopper=None, flash_triton=1.0, **written)) == 0
+    assert missed(made_up(flash=None, flash_hopper=620.0, **written)) == 0
+    assert missed(made_up(flash=609.0, flash_attn_4=800.0, **written)) == 1
+    assert missed(made_up(flash=620.0, tutorial=400.0, flex=None)) == len(LEADS) // 2
+    assert missed(made_up(flash=620.0, tutorial=500.0, flex=450.0)) == len(LEADS) // 2
