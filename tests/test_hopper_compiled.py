@@ -3,6 +3,8 @@
 They are compiled for cuda:90, where no GPU is needed.
 """
 
+import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from flash.autotune import resources
+from flash.autotune import gluon, resources
 from flash.autotune.space import Variant
 from flash.autotune.tables import triton_version
 from flash.kernels import hopper_backward, hopper_forward
@@ -156,3 +158,52 @@ def test_launches_of_the_backward_compile_as_triton_specialises_them(
     found = Outputs(torch.zeros_like(x.q), torch.zeros(2, 2, 33))
     test_hopper_backward.launch(x, Gradients(wants_q, True, True), 2, found)
     assert [kernel.metadata.num_warps for kernel in made] == ([4, 12, 4] if wants_q else [4, 12])
+
+
+@cache
+def ptx_of(kernel: str, head_dim: int) -> str:
+    """The code of a causal call with the configuration to use."""
+    variant = Variant("bfloat16", head_dim, head_dim, causal=True)
+    return str(resources.build("cuda:90", kernel, variant, gluon.config(kernel, variant)).asm["ptx"])
+
+
+# What one thread of a consumer says for all 128: an arrival at a barrier, or a tile that leaves by TMA.
+SPOKEN = r"\bmbarrier\.arrive\.shared|\bcp\.(reduce\.)?async\.bulk\.tensor\.\dd\.global\.shared"
+ACCESS = r"\b(ld|st|atom|red)\.shared|\b(ld|st)matrix|\bwgmma\.wait_group|^\$L\w+:"  # or a label: who knows from where
+
+
+def spoken(ptx: str) -> list[bool]:
+    """Of each arrival and store, whether all threads of its consumer met after their last access to shared memory."""
+    found, met = [], False
+    for line in map(str.strip, ptx.splitlines()):
+        if re.search(r"\bbar(rier)?\.sync\b", line):
+            met = True
+        elif re.search(SPOKEN, line):
+            found.append(met)
+        elif re.search(ACCESS, line):
+            met = False
+    return found
+
+
+@pytest.mark.parametrize(
+    "kernel, head_dim, count",
+    [  # of two consumers: arrivals before the loop over full tiles, at its first tile and in it, and stores
+        pytest.param("hopper_forward", 64, 2 * (2 + 1 + 2 + 1), marks=pytest.mark.slow),
+        ("hopper_forward", 128, 2 * (2 + 1 + 2 + 1)),
+        pytest.param("hopper_forward", 256, 2 * (2 + 1 + 2 + 1), marks=pytest.mark.slow),
+        ("hopper_backward", 64, 2 * (3 + 4 + 2)),  # in either loop, and stores
+        ("hopper_backward", 128, 2 * (3 + 4 + 2)),
+    ],
+)
+def test_one_thread_speaks_for_all_after_they_met(kernel: str, head_dim: int, count: int) -> None:
+    """The simulator takes the threads of a consumer as one; that they are is Triton's `bar.sync`."""
+    ptx = ptx_of(kernel, head_dim)
+    assert spoken(ptx) == [True] * count
+    assert spoken(re.sub(r"\bbar(rier)?\.sync\b", "nothing", ptx)) == [False] * count
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dq_is_added_four_numbers_at_once(head_dim: int) -> None:
+    atomics = re.findall(r"\b(?:atom|red)\.global\.(\S+)", ptx_of("hopper_backward", head_dim))
+    # two loops of two consumers, each with 128 threads for half of a tile [64, head_dim]
+    assert atomics == ["gpu.relaxed.add.v4.f32"] * (2 * 2 * 64 * head_dim // 2 // 128 // 4)
