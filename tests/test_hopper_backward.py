@@ -308,6 +308,21 @@ MUTANTS = {
         "source.load(LAYOUT)",
     ),
     "a group's heads are one": ("following", "h + 1", "h"),
+    "dq of every batch element is added to the first": (
+        "consumer",
+        "tile.origin(walk.dq, walk.b, h)",
+        "tile.origin(walk.dq, walk.b * 0, h)",
+    ),
+    "lse and delta are those of the first batch element": (
+        "producer",
+        "walk.b * sizes.heads",
+        "walk.b * 0 * sizes.heads",
+    ),
+    "finite q and do are awaited by the count of all tiles": (
+        "consumer",
+        "mbarrier.wait(bars.finite, edges & 1)",
+        "mbarrier.wait(bars.finite, n & 1)",
+    ),
 }
 
 
@@ -315,10 +330,10 @@ MUTANTS = {
 def case() -> tuple[Inputs, Outputs]:
     """A call whose tiles are full, cut by the diagonal and ragged, twice around the ring, and its gradients.
 
-    Query 3 holds a NaN and sees only the first keys.
+    An odd number of full tiles lies before the others. Query 3 holds a NaN and sees only the first keys.
     """
     torch.manual_seed(0)
-    x = one_head(lambda t: t, heads=2, seqlen_q=200, seqlen_k=130, causal=True, q_offset=0)
+    x = one_head(lambda t: t, batch=2, heads=3, seqlen_q=200, seqlen_k=130, causal=True, q_offset=0)
     x = x._replace(do=planted(x.do, 3, float("nan")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper_backward, "backward_kernel", Simulated(KERNEL))
