@@ -6,6 +6,10 @@ Figures on a GPU are read from committed runs of `python -m bench.run --suite sp
 import ast
 import importlib
 import inspect
+import os
+import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +120,27 @@ def test_every_shipped_hopper_configuration_is_compiled_in_the_tests() -> None:
     for call in ("full", "causal, groups", "window"):
         found = compiled("test_main_loops_of_the_backward_touch_no_local_memory_and_hide_their_exponentials", call)
         assert found == {(d, config) for d, configs in hopper_backward.CONFIGS.items() for config in configs}, call
+
+
+def test_a_gpu_repeats_every_kernel_on_twelve_shapes() -> None:
+    test = named_test("test_repeats", "test_the_same_call_gives_the_same_bits")
+    given = {mark.name if mark.name != "parametrize" else mark.args[0]: mark for mark in test.pytestmark}  # type: ignore[attr-defined]
+    assert given.keys() == {"gpu", "shape", "backend", "part"} and len(given["shape"].args[1]) == 12
+    assert importlib.import_module("tests.test_repeats").TIMES == 250
+
+
+def test_compute_sanitizer_is_given_tests_of_every_kernel_that_run_on_a_gpu() -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    names = re.findall(r"^\t(tests/test_\w+\.py::\w+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    files = {name.partition("::")[0] for name in names}
+    assert files == {
+        f"tests/test_{kernel}.py" for kernel in ("forward", "backward", "hopper_forward", "hopper_backward")
+    }
+    elsewhere = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=elsewhere)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for name in names if name not in done.stdout] == []
 
 
 def test_what_hopper_does_not_serve_is_said() -> None:
