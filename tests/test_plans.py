@@ -1,13 +1,13 @@
 """A plan launches what the ordinary way would launch, and nothing that a plan was not made for finds one.
 
-A stand-in driver compiles for sm_90 and records launches instead of making them (tests/test_launch.py).
+A stand-in driver compiles for sm_90 and records launches instead of making them (drivers.py).
 """
 
 from typing import Any
 
 import pytest
 
-from tests.test_launch import printed
+from tests.drivers import printed
 
 pytestmark = pytest.mark.aot
 
