@@ -3,7 +3,8 @@
 A table says where it was made, and has rows (kernel, dtype, head_dim, ragged, causal, seqlen) -> Config. head_dim is a
 bucket, the power of two that holds the call's; ragged calls have a head_dim that is no multiple of 16, so that their
 rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any.
-Every number is held to an allow-list on reading, so a table can make a call slow, never wrong.
+Every number is held to an allow-list on reading, those of Gluon kernels to what the kernels accept together, so a table
+can make a call slow, or refused where its tiles do not fit the GPU, but never wrong.
 """
 
 import json
@@ -16,14 +17,17 @@ HOPPER = ("hopper_forward", "hopper_backward")  # Gluon kernels; their rows are 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of one element
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 SEQLENS: tuple[int, ...] = tuple(2**n for n in range(4, 21))
-ALLOWED = {
+ALLOWED: dict[str, tuple[Any, ...]] = {
     "block_m": (16, 32, 64, 128, 256),
     "block_n": (16, 32, 64, 128, 256),
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
     "ahead": (False, True),  # absent = False, and so for dkdv and dq
 }
-WARPGROUPS = {"block_m": (64, 128, 192), "num_warps": (8, 12)}  # of HOPPER: they need not be a power of two
+WARPGROUPS: dict[str, dict[str, tuple[Any, ...]]] = {  # of HOPPER: four warps for each 64 queries of a program, or keys
+    "hopper_forward": {"block_m": (128, 192), "num_warps": (8, 12)},
+    "hopper_backward": {"block_m": (64,), "block_n": (128,), "num_warps": (8,)},
+}
 FORMAT = 1
 
 
@@ -40,7 +44,7 @@ class Row(NamedTuple):
         config: what to launch with.
         shared: bytes of shared memory that it takes at most, 0 = unknown.
         spill_bytes: bytes a thread spills, the worst variant.
-        ms: median milliseconds of the timed call, 0 = untimed.
+        ms: median milliseconds of the timed call, 0 = untimed; delta's count with dq, none with dkdv.
     """
 
     kernel: str
@@ -62,7 +66,7 @@ class Table(NamedTuple):
         target: "cuda:90", "hip:gfx942".
         gpu: name of the GPU that timed it, "" = untimed.
         triton: version of Triton that compiled the candidates.
-        kernels: `kernel_hash` of the sources that were compiled.
+        kernels: `kernel_hash` of the sources that were timed, "" = untimed; tests compile such rows again.
         timed: whether a GPU timed any row; the others only compile and fit.
         rows: at most one for each (kernel, dtype, head_dim, ragged, causal, seqlen).
     """
@@ -90,7 +94,7 @@ def parse(text: bytes) -> Table:
     data = json.loads(text.decode("utf-8"), parse_constant=_refuse)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"a table must be an object of format {FORMAT}")
-    words = [data.get(field) for field in ("target", "gpu", "triton", "kernels")]
+    words = [data.get(field) for field in ("target", "gpu", "triton")] + [data.get("kernels", "")]
     if not all(isinstance(word, str) and len(word) <= 200 for word in words):
         raise ValueError("target, gpu, triton and kernels must be short strings")
     if not isinstance(data.get("timed"), bool):
@@ -121,8 +125,10 @@ def _row(data: Any) -> Row:
         return value
 
     kernel = one_of("kernel", KERNELS + HOPPER)
-    limits = ALLOWED | WARPGROUPS if kernel in HOPPER else ALLOWED
+    limits = ALLOWED | WARPGROUPS.get(kernel, {})
     config = Config(*(one_of(field, allowed) for field, allowed in limits.items()))
+    if kernel == "hopper_forward" and config.num_warps != config.block_m // 16:
+        raise ValueError(f"num_warps must be a sixteenth of block_m for {kernel}, got {config}")
     if config.ahead and data.get("kernel") != "forward":
         raise ValueError(f"ahead must be false but for forward, got {data.get('kernel')!r:.80}")
     return Row(
@@ -169,5 +175,7 @@ def dump(table: Table) -> str:
             del fields["ahead"]
         lines.append("    " + json.dumps(fields))
     head = {"format": FORMAT, **{field: value for field, value in table._asdict().items() if field != "rows"}}
+    if not table.kernels:
+        del head["kernels"]
     start = json.dumps(head, indent=2)[:-2]
     return f'{start},\n  "rows": [\n' + ",\n".join(lines) + "\n  ]\n}\n"

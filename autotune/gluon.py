@@ -83,12 +83,10 @@ def descriptors(kernel: str, variant: Variant, config: Config) -> dict[str, str]
     }
 
 
-def candidates(kernel: str, head_dim: int) -> tuple[Config, ...]:
-    """The configurations that a kernel is shipped with for a head dimension, for calls of every kind."""
+def candidates(kernel: str, head_dim: int, causal: bool) -> tuple[Config, ...]:
+    """The configurations that a kernel is shipped with for a head dimension, for full or for causal calls."""
     module = _module(kernel)
-    if head_dim > module.HEAD_DIMS[-1]:
-        return ()
-    return tuple(dict.fromkeys(c for banded in (False, True) for c in module.candidates(head_dim, banded)))
+    return () if head_dim > module.HEAD_DIMS[-1] else tuple(module.candidates(head_dim, causal))
 
 
 def config(kernel: str, variant: Variant) -> Config:

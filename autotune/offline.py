@@ -147,7 +147,7 @@ def build_table(
         progress: a tqdm bar, or None.
 
     Returns:
-        The table, untimed; rows that nothing fits are left out.
+        The table, untimed and of no sources in particular; rows that nothing fits are left out.
     """
     rows: list[Row] = []
     shipped = shipped_table(target)
@@ -164,7 +164,7 @@ def build_table(
         if progress is not None:
             progress.set_postfix_str(f"{' '.join(map(str, need[:3]))}: {journal[key]}")
             progress.update()
-    return Table(target, "", triton, kernel_hash(), False, tuple(rows))
+    return Table(target, "", triton, "", False, tuple(rows))
 
 
 def _akin(row: Row, need: Need) -> bool:

@@ -49,11 +49,13 @@ def merged(path: Path, table: Table) -> Table:
     if old is None:
         _keep_bad(path)
         return table
-    same = (old.triton, old.kernels) == (table.triton, table.kernels) and table.gpu in ("", old.gpu)
+    same = old.triton == table.triton and table.kernels in ("", old.kernels) and table.gpu in ("", old.gpu)
     kept = [row for row in old.rows if same or row.ms == 0]  # a timing on another GPU or of other kernels says nothing
     rows = {row[:6]: row for row in (*kept, *table.rows)}
-    gpu = table.gpu or (old.gpu if same else "")
-    return table._replace(gpu=gpu, timed=any(row.ms > 0 for row in rows.values()), rows=tuple(rows.values()))
+    origin = old if same else table
+    gpu, kernels = table.gpu or origin.gpu, table.kernels or origin.kernels
+    timed = any(row.ms > 0 for row in rows.values())
+    return table._replace(gpu=gpu, kernels=kernels, timed=timed, rows=tuple(rows.values()))
 
 
 def _keep_bad(path: Path) -> None:

@@ -51,22 +51,25 @@ def cells(target: str, dtypes: Iterable[str], head_dims: Iterable[int], seqlens:
     for dtype, head_dim, kernel, causal, seqlen in itertools.product(
         dtypes, head_dims, kernels, (False, True), seqlens
     ):
-        need = offline.Need(kernel, dtype, head_dim, False)
+        need = offline.Need(kernel, dtype, head_dim, False, causal if kernel in tables.HOPPER else None)
         if kernel in tables.KERNELS or tried(target, need):
             yield Cell(need, causal, seqlen)
 
 
 def tried(target: str, need: offline.Need) -> tuple[Config, ...]:
-    """The candidates of a row; Gluon kernels bring their own, for two dtypes."""
+    """The candidates of a row; Gluon kernels bring their own, for two dtypes, and others for causal calls."""
     if need.kernel in tables.KERNELS:
         return candidates(target, need.kernel, need.dtype, need.head_dim)
-    return gluon.candidates(need.kernel, need.head_dim) if need.dtype in ("float16", "bfloat16") else ()
+    half = need.dtype in ("float16", "bfloat16")
+    return gluon.candidates(need.kernel, need.head_dim, bool(need.causal)) if half else ()
 
 
 def survivors(
     target: str, need: offline.Need, compile: offline.Compile, limit: int = SURVIVORS
 ) -> dict[Config, offline.Figures]:
     """The candidates worth timing: they fit, and none of them spills where another does not.
+
+    Of a Gluon kernel all that fit are timed: it brings one or two, and what those spill lies outside their main loops.
 
     Args:
         target: "cuda:90".
@@ -84,6 +87,8 @@ def survivors(
             kept[config] = figures
         if sum(each.spill_bytes == 0 for each in kept.values()) >= limit:
             break
+    if need.kernel in tables.HOPPER:
+        return kept
     least = min((each.spill_bytes for each in kept.values()), default=0)
     return dict(itertools.islice(((c, f) for c, f in kept.items() if f.spill_bytes == least), limit))
 

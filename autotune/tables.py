@@ -114,7 +114,10 @@ def is_faster(
     kernel: str, others: tuple[str, ...], target: str, dtype: str, head_dim: int, seqlen: int, causal: bool,
     gpu: str | None = None,
 ) -> bool:  # fmt: skip
-    """Whether a kernel took less time than others together, all of them timed in the same table."""
+    """Whether a kernel took less time than others together, all of them timed in the same table.
+
+    dkdv and dq together are one plain backward pass: delta is in the time of dq alone.
+    """
     call = (dtype, head_dim, seqlen, causal, gpu)
     found = [_timed(target, name, *call) for name in (kernel, *others)]
     if any(row is None or row[0] != found[0][0] for row in found):  # type: ignore[index]

@@ -89,6 +89,16 @@ def test_each_direction_is_chosen_for_itself(hopper: Any) -> None:
     assert flash.info(call().q)["configs"].keys() == {"hopper_forward", "dkdv", "dq"}
 
 
+@pytest.mark.parametrize("window", [None, (63, 0), (63, None), (None, 63)])
+def test_tiles_timed_on_full_calls_serve_no_window_that_they_are_not_shipped_for(hopper: Any, window: Any) -> None:
+    three, two = Config(192, 128, 12, 2), Config(128, 128, 8, 2)
+    hopper((tables.Row("hopper_forward", "bfloat16", 64, None, None, None, three, 1024, 0, 1.0),))
+    q = torch.empty(1, 4, 100, 64, dtype=torch.bfloat16)
+    found = dispatch.tuned(Problem.of(q, q, q, window=window, backend="hopper"), "hopper_forward")
+    assert found.config == (three if window is None else two)
+    assert found.reason == (f"timed on {NAME}" if window is None else "compiled and simulated, untimed")
+
+
 def test_deterministic_gradients_are_handed_to_the_plain_kernels(hopper: Any) -> None:
     hopper(rows(1.0, 2.0))
     given = call(deterministic=True)

@@ -43,17 +43,54 @@ def swept(path: Path, run: Callable[[Job], worker.Outcome] = fast_when_small) ->
     return sweep.sweep(TARGET, GPU, CELLS, compile, run, Journal(path))
 
 
-def test_hopper_kernels_are_timed_where_they_run_with_the_tiles_that_they_ship() -> None:
-    from flash.kernels.hopper_forward import CONFIGS
+def hopper_cells() -> list[sweep.Cell]:
+    """A cell for each (kernel, head_dim, causal) that a sweep gives the Gluon kernels."""
+    found = sweep.cells(TARGET, ["bfloat16"], tables.HEAD_DIMS, [1024])
+    return [cell for cell in found if cell.need.kernel in tables.HOPPER]
 
+
+def test_hopper_kernels_are_timed_where_they_run() -> None:
     assert {cell.need.kernel for cell in EVERY} == {*tables.KERNELS, *tables.HOPPER}
-    assert sweep.tried(TARGET, offline.Need("hopper_forward", "bfloat16", 128, False)) == tuple(
-        dict.fromkeys(CONFIGS[128, False] + CONFIGS[128, True])
-    )
     others = [*sweep.cells("cuda:80", ["bfloat16"], [64], [1024]), *sweep.cells(TARGET, ["float32"], [64], [1024])]
     assert {cell.need.kernel for cell in others} == {*tables.KERNELS}
     wide = {cell.need.kernel for cell in sweep.cells(TARGET, ["bfloat16"], [256], [1024])}
     assert wide == {*tables.KERNELS, "hopper_forward"}
+
+
+def shipped(cell: sweep.Cell) -> list[Config]:
+    from flash.kernels import hopper_backward, hopper_forward
+
+    module = hopper_forward if cell.need.kernel == "hopper_forward" else hopper_backward
+    return list(module.candidates(cell.need.head_dim, cell.causal))
+
+
+def test_every_tile_that_a_hopper_kernel_ships_is_timed_whatever_it_spills() -> None:
+    seen: list[Variant] = []
+
+    def spills(target: str, kernel: str, variant: Variant, config: Config) -> Report:
+        seen.append(variant)
+        return Report(target, 168, 4 * config.num_stages + config.num_warps, 1000, 128 * 128 * 19, 0, (), ())
+
+    for cell in hopper_cells():
+        seen.clear()
+        assert list(sweep.survivors(TARGET, cell.need, spills)) == shipped(cell), cell
+        assert {variant.causal for variant in seen} == {cell.causal}
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=f"{cell.need.kernel}-{cell.need.head_dim}-{'causal' if cell.causal else 'full'}")
+        for cell in hopper_cells()
+        if cell.need.head_dim >= 64  # smaller heads lie in tiles of 64 too
+    ],
+)
+def test_every_tile_that_a_hopper_kernel_ships_survives_the_compiler(cell: sweep.Cell) -> None:
+    from flash.autotune.resources import report
+
+    assert list(sweep.survivors(TARGET, cell.need, report)) == shipped(cell)
 
 
 def test_fastest_right_candidate_wins_its_cell(tmp_path: Path) -> None:
@@ -315,7 +352,7 @@ def test_offline_writes_an_untimed_table_and_resumes(tmp_path: Path, monkeypatch
     monkeypatch.setattr("flash.autotune.resources.report", compile)
     assert sweep.main(arguments) == 0
     made = read(path)
-    assert not made.timed and made.gpu == "" and "ms" in json.loads(path.read_text())["rows"][0]
+    assert not made.timed and made.gpu == made.kernels == "" and "ms" in json.loads(path.read_text())["rows"][0]
     needs = [offline.Need(*each[:5]) for each in made.rows]
     assert sorted(needs, key=str) == sorted(offline.needs(TARGET, ["bfloat16"], [64]), key=str)
     assert all(each.spill_bytes == 0 and each.config.block_m * each.config.block_n <= 4096 for each in made.rows)
@@ -380,15 +417,52 @@ def test_clock_times_the_kernel_of_the_job(kernel: str, device: torch.device, mo
 
     def clock(call: Callable[[], Any]) -> tuple[float, float, float]:
         found.append(call())
-        return 1.0, 0.9, 1.1
+        return 2.0 / len(found), 1.5 / len(found), 2.5 / len(found)
 
     target = "interpreter" if device.type == "cpu" else "cuda:90"
     job = Job(target, kernel, "float32", 16, False, False, 32, Config(16, 16, 4, 1))
-    assert measure.time(job, device, clock) == (1.0, 0.9, 1.1)
-    shapes = [None if x is None else tuple(x.shape) for x in found[0]]
+    assert measure.time(job, device, clock) == ((1.0, 0.5, 1.5) if kernel == "dkdv" else (2.0, 1.5, 2.5))
+    shapes = [[None if x is None else tuple(x.shape) for x in each] for each in found]
     whole = (2, 2, 32, 16)
     expected = {"forward": [whole, whole[:3]], "dkdv": [None, whole, whole], "dq": [whole, None, None]}
-    assert shapes == expected[kernel] + [None] * (len(shapes) - len(expected[kernel]))
+    assert shapes[0] == expected[kernel] + [None] * (len(shapes[0]) - len(expected[kernel]))
+    assert shapes[1:] == ([[None] * 6] if kernel == "dkdv" else [])
+
+
+MADE_UP = {"forward_kernel": 1.0, "delta_kernel": 0.25, "dkdv_kernel": 4.0, "dq_kernel": 2.0}  # ms of a launch
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the plain kernels that are launched; none of them runs."""
+    from flash.kernels import backward, forward
+
+    names: list[str] = []
+    monkeypatch.setattr(measure, "TOKENS", 64)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "launch", lambda kernel, *args: names.append(kernel.fn.__name__))
+    return names
+
+
+def test_times_of_dkdv_and_dq_add_up_to_one_backward_pass(launched: list[str]) -> None:
+    def clock(call: Callable[[], Any]) -> tuple[float, float, float]:
+        launched.clear()
+        call()
+        ms = sum(MADE_UP[name] for name in launched)
+        return ms, ms, ms
+
+    def took(kernel: str) -> float:
+        job = Job("cuda:90", kernel, "bfloat16", 64, False, True, 64, Config(64, 64, 4, 2))
+        return measure.time(job, torch.device("cpu"), clock)[0]
+
+    assert took("dkdv") == MADE_UP["dkdv_kernel"]
+    assert took("forward") + took("dkdv") + took("dq") == sum(MADE_UP.values())  # delta's once
+
+
+def test_a_clock_too_coarse_for_dkdv_gives_no_time(launched: list[str]) -> None:
+    job = Job("cuda:90", "dkdv", "bfloat16", 64, False, True, 64, Config(64, 64, 4, 2))
+    with pytest.raises(ArithmeticError, match="delta takes 1 ms alone"):
+        measure.time(job, torch.device("cpu"), lambda call: (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("field", ["gpu", "triton", "kernels"])
@@ -402,3 +476,12 @@ def test_timings_of_another_gpu_or_of_other_kernels_are_not_kept(tmp_path: Path,
     assert found is not None
     assert {each.head_dim for each in found.rows} == {32, 64}  # untimed rows only say what fits
     assert getattr(found, field) == other
+
+
+def test_rows_chosen_by_compiling_join_those_that_are_timed(tmp_path: Path) -> None:
+    path = tmp_path / "cuda_90.json"
+    store.save(path, table(row(16, ms=1.0)))
+    store.save(path, table(row(64))._replace(gpu="", kernels=""))
+    found = tables.load(path, {"target": TARGET, "gpu": GPU, "kernels": tables.kernel_hash()})
+    assert found is not None and found.timed
+    assert {each.head_dim for each in found.rows} == {16, 64}

@@ -1,5 +1,6 @@
 """Look-up is a pure function that always answers, and a table can make a call slow, never wrong."""
 
+import itertools
 import json
 import os
 import random
@@ -77,10 +78,13 @@ def test_table_of_this_machine_is_preferred_and_says_so(folder: Path) -> None:
     assert look(gpu="NVIDIA H100").config != Config(16, 16, 2, 5)
 
 
+@pytest.mark.parametrize("other", ["another", ""])
 @pytest.mark.parametrize("field", ["target", "gpu", "triton", "kernels"])
-def test_table_of_another_machine_compiler_or_source_is_left_out_with_a_warning(folder: Path, field: str) -> None:
+def test_table_of_another_machine_compiler_or_source_is_left_out_with_a_warning(
+    folder: Path, field: str, other: str
+) -> None:
     path = folder / tables.user_table_name("cuda:90", GPU)
-    store.save(path, table(ROW._replace(config=Config(16, 16, 2, 5)), **{field: "another"}))
+    store.save(path, table(ROW._replace(config=Config(16, 16, 2, 5)), **{field: other}))
     with pytest.warns(RuntimeWarning, match=f"{field} must be") as seen:
         assert look(gpu=GPU).config != Config(16, 16, 2, 5)
         look(gpu=GPU, seqlen=9000)
@@ -152,6 +156,12 @@ def test_written_tables_read_back() -> None:
     assert tables.parse(tables.dump(table()._replace(rows=())).encode()).rows == ()
 
 
+def test_a_table_that_nobody_timed_names_no_sources() -> None:
+    made = table(kernels="", gpu="", timed=False)
+    text = tables.dump(made)
+    assert "kernels" not in json.loads(text) and tables.parse(text.encode()) == made
+
+
 def edited(**changes: Any) -> bytes:
     data = json.loads(tables.dump(table()))
     data["rows"][0].update(changes)
@@ -172,6 +182,9 @@ HOSTILE = {
     "true as a number of warps": edited(num_warps=True),
     "float block": edited(block_n=64.0),
     "text": edited(num_stages="2; import os"),
+    "Hopper forward of half a warpgroup": edited(kernel="hopper_forward", block_m=64, num_warps=8),
+    "Hopper forward of mixed warpgroups": edited(kernel="hopper_forward", block_m=192, num_warps=8),
+    "Hopper backward of a forward's tiles": edited(kernel="hopper_backward", block_m=128, block_n=128, num_warps=8),
     "negative spill": edited(spill_bytes=-1),
     "unknown kernel": edited(kernel="../forward"),
     "list as causal": edited(causal=[]),
@@ -193,6 +206,26 @@ def test_hostile_file_is_left_out_with_one_warning(folder: Path, text: bytes) ->
         assert look(gpu=GPU, causal=True)
     assert len(seen) == 1
     assert choice == look()
+
+
+@pytest.mark.parametrize("kernel", tables.HOPPER)
+def test_a_row_of_a_hopper_kernel_is_read_where_the_kernel_accepts_its_tiles(kernel: str) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from flash.kernels import hopper_backward, hopper_forward
+
+    module = hopper_forward if kernel == "hopper_forward" else hopper_backward
+    read = 0
+    for block_m, block_n, num_warps in itertools.product((16, 32, 64, 128, 192, 256), (64, 128), (2, 4, 8, 12, 16)):
+        config = Config(block_m, block_n, num_warps, 2)
+        made = edited(kernel=kernel, **config._asdict())
+        try:
+            module.options_of(config)
+        except ValueError:
+            with pytest.raises(ValueError, match="num_warps|block_m|block_n"):
+                tables.parse(made)
+        else:
+            read += tables.parse(made).rows[0].config == config
+    assert read == {"hopper_forward": 4, "hopper_backward": 1}[kernel]
 
 
 def test_same_calls_twice_are_refused() -> None:
@@ -233,16 +266,32 @@ def test_file_that_others_may_write_or_link_is_left_out(folder: Path) -> None:
         assert look(gpu=GPU) == look()
 
 
-def test_shipped_tables_are_sound_and_untimed_unless_they_name_a_gpu() -> None:
+def test_shipped_tables_are_sound_and_untimed_unless_they_name_a_gpu_and_its_kernels() -> None:
     paths = sorted((Path(tables.__file__).parent / "tables").glob("*.json"))
     targets = []
     for path in paths:
         made = tables.parse(path.read_bytes())
         targets.append(made.target)
         assert path.name == tables.table_name(made.target)
-        assert made.timed == any(row.ms > 0 for row in made.rows) == bool(made.gpu)
+        assert made.timed == any(row.ms > 0 for row in made.rows) == bool(made.gpu) == bool(made.kernels)
         assert all(0 < row.shared <= tables.shared_limit(made.target) for row in made.rows)
-    assert set(targets) >= {"cuda:80", "cuda:90", "hip:gfx942"}
+    assert set(targets) >= {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kernel", tables.KERNELS)
+def test_no_formula_chooses_for_half_precision_on_a_gpu_of_today(
+    kernel: str, dtype: str, head_dim: int, causal: bool
+) -> None:
+    own = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+    near = {"cuda:103": "cuda:100", "cuda:120": "cuda:80", "cuda:121": "cuda:80", "hip:gfx950": "hip:gfx942"}
+    said = {target: f"shipped table of {target}" for target in own} | {
+        target: f"the row of {other}, untimed, fits" for target, other in near.items()
+    }
+    for target, words in said.items():
+        assert words in tables.lookup(target, kernel, dtype, head_dim, 4096, causal).reason
 
 
 def test_no_call_waits_for_a_file_that_is_no_table(folder: Path) -> None:
