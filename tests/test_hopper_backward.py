@@ -149,6 +149,26 @@ def test_gradients_of_o_need_not_be_dense(place: Place, backward: Backward, lse_
 
 
 @pytest.mark.interpret
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers one element past an address that 16 divides."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.interpret
+def test_a_gradient_of_o_may_start_at_any_address(place: Place, backward: Backward) -> None:
+    x = one_head(place, heads=2, heads_k=2, seqlen_q=66)
+    check(backward(x._replace(do=moved(x.do))), x)
+
+
+@pytest.mark.interpret(gpu=False)
+def test_lse_may_lie_anywhere(device: torch.device) -> None:
+    lse = torch.randn(1, 2, 64, device=device)
+    for given in (moved(lse), torch.stack([lse, lse], 3)[..., 0]):
+        described = hopper_backward.statistics(given)
+        assert described.base.data_ptr() % 16 == 0 and described.shape == [128]
+        assert torch.equal(described.base.flatten(), lse.flatten())
+
+
 def test_strides_are_kept(place: Place, backward: Backward) -> None:
     x = one_head(place, batch=2, heads=3, heads_k=3, seqlen_q=66, causal=True)
     packed = place(torch.empty(2, 66, 3, 3, 64, dtype=x.q.dtype)).copy_(torch.stack(x[:3], 2).permute(0, 3, 2, 1, 4))
