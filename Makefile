@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+SANITIZER ?= compute-sanitizer
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -19,10 +20,21 @@ endif
 PIP = -m pip install --quiet --disable-pip-version-check
 TORCH = "$$(grep '^torch==' constraints.txt)"
 PYTEST = -m pytest -q -n $(JOBS)
+# Every access of every thread is followed: a few small calls of each kernel.
+SANITIZED = \
+	tests/test_forward.py::test_rows_without_keys_return_zero_and_minus_infinity \
+	tests/test_forward.py::test_groups_of_query_heads_share_a_key_head \
+	tests/test_backward.py::test_rows_without_keys_and_keys_without_rows_have_zero_gradients \
+	tests/test_backward.py::test_a_key_head_gathers_the_gradients_of_its_group \
+	tests/test_hopper_forward.py::test_rows_without_keys_return_zero_and_minus_infinity \
+	tests/test_hopper_forward.py::test_groups_of_query_heads_share_a_key_head \
+	tests/test_hopper_backward.py::test_rows_without_keys_have_no_gradient \
+	tests/test_hopper_backward.py::test_a_key_head_gathers_the_gradients_of_its_group
 OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
 COMPAT = 3.6.0 3.9.0
+HOPPER_COMPAT = 3.6.0 # what the Gluon kernels are compiled with besides the pinned Triton
 
-.PHONY: help setup test test-slow test-all test-gpu compat mutants coverage lint bench sweep build clean
+.PHONY: help setup test test-slow test-all test-gpu sanitize compat mutants coverage lint bench sweep build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,10 +54,18 @@ test-all: test test-slow ## both
 test-gpu: $(READY) ## the same tests on the GPU of this machine
 	$(PY) -m pytest -q -m gpu
 
+sanitize: $(READY) ## a few of them under NVIDIA's compute-sanitizer: stray accesses, races in shared memory
+	@command -v $(SANITIZER) > /dev/null || { echo "no $(SANITIZER) here: it comes with CUDA; make sanitize SANITIZER=path"; exit 1; }
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+			$(PY) -m pytest -q -m gpu $(SANITIZED) || exit 1; \
+	done
+
 compat: $(COMPAT:%=compat-%) ## the interpreted kernel tests on other Tritons (Python >= 3.11)
 
 compat-%: .venv-triton-%/.ready
 	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) -m "interpret and not gpu and not slow"
+	$(if $(filter $*,$(HOPPER_COMPAT)),.venv-triton-$*/bin/python $(PYTEST) -m "aot and not slow" tests/test_hopper_*.py)
 
 mutants: $(READY) ## the tests are tested: small changes to the kernels, each of which they must notice
 	$(PY) -m tests.mutation.run --jobs $(JOBS) $(MUTANTS)

@@ -23,8 +23,8 @@ from .form import ALLOWED, HEAD_DIMS, HOPPER, ITEMSIZE, KERNELS, SEQLENS, Row, T
 
 __all__ = [
     "ALLOWED", "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump", "heuristic",
-    "is_faster", "kernel_hash", "load", "lookup", "narrowed", "parse", "registers_bound", "shared_limit",
-    "shipped_table", "table_name", "timed", "too_wide", "triton_version", "user_folder", "user_table",
+    "is_faster", "kernel_hash", "length_bucket", "load", "lookup", "narrowed", "parse", "registers_bound",
+    "shared_limit", "shipped_table", "table_name", "timed", "too_wide", "triton_version", "user_folder", "user_table",
     "user_table_name",
 ]  # fmt: skip
 KiB = 1024
@@ -97,7 +97,7 @@ def lookup(
     if not 1 <= head_dim <= HEAD_DIMS[-1]:
         raise ValueError(f"head_dim must be 1 to {HEAD_DIMS[-1]}, got {head_dim}")
     bucket = next(d for d in HEAD_DIMS if d >= head_dim)
-    return _choose(target, (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal)), _length_bucket(seqlen), gpu)
+    return _choose(target, (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal)), length_bucket(seqlen), gpu)
 
 
 @lru_cache(maxsize=4096)
@@ -135,7 +135,7 @@ def _timed(
         return None
     call = (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal))
     for table in (None if gpu is None else user_table(target, gpu), shipped_table(target)):
-        row = _find(table, call, _length_bucket(seqlen))
+        row = _find(table, call, length_bucket(seqlen))
         if table is not None and row is not None and row.ms:
             return table.gpu, row
     return None
@@ -203,7 +203,8 @@ def too_wide(target: str, dtype: str, head_dim: int) -> str | None:
     return f"its smallest tiles take {needed // KiB} KiB of shared memory, {target} has {limit // KiB}"
 
 
-def _length_bucket(seqlen: int) -> int:
+def length_bucket(seqlen: int) -> int:
+    """The length, of those that tables tell apart, that stands for a call's longer one."""
     return next((n for n in SEQLENS if n >= seqlen), SEQLENS[-1])
 
 

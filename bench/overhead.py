@@ -86,6 +86,11 @@ def rows(device: torch.device) -> dict[str, float]:
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=device)
     found["    its launch"] = microseconds(partial(plan.launch, q, k, v, o, lse))
 
+    def other_lengths() -> None:
+        plans.plans.clear()
+        flash_attention(q, k, v, causal=True)
+
+    found["  of other lengths than before"] = microseconds(other_lengths)
     problem = Problem.of(q, k, v, causal=True)
     p, config = problem, dispatch.tuned(problem, "forward").config
     operands, *call = autograd.call_of(problem)

@@ -3,7 +3,7 @@
 python -m bench.plot bench/results/<machine>/results.json      # draws again what a run measured
 """
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,6 +317,8 @@ def draw(record: Record, out: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("path", type=Path, help="bench/results/<machine>/results.json, features.json or long.json")
+    source = parser.parse_args().path
     for picture in draw(records.load(source), source.parent):
         print(picture)

@@ -5,7 +5,7 @@
 Every figure compares medians of the same run on the same machine; spreads are from the 20th to the 80th percentile.
 """
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -256,10 +256,13 @@ def report(record: Record) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def main(path: Path) -> None:
-    """Compile what is missing, write and draw again."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: compile what is missing, write and draw again."""
     from bench.race_plot import draw
 
+    parser = argparse.ArgumentParser(prog="python -m bench.race", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("path", type=Path, help="bench/results/<machine>/speed.json, of --suite speed")
+    path = parser.parse_args(argv).path
     record = records.load(path)
     finish(record)
     record.save(path)
@@ -269,4 +272,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

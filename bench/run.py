@@ -127,7 +127,8 @@ def done(record: Record, case: Case, peer: Peer, device: torch.device) -> bool:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").splitlines()[0])
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=shown)
     option = parser.add_argument
     suites = "auto, cpu, sweep, models, all, quick, features, long or speed (default: auto)"
     option("--suite", default="auto", help=suites)

@@ -233,6 +233,9 @@ def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         if torch.compiler.is_compiling():
             q, k, v, *operands = distinct([q, k, v, *operands])
+        elif problem.backend == "hopper":  # which may refuse the backward alone: now, and not after the forward
+            needs = (x is not None and x.requires_grad for x in (q, k, v, *(getattr(mods, n) for n in DIFFERENTIABLE)))
+            dispatch.chosen(problem, "backward", Gradients(*needs))
         o, lse = Attention.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]
     else:
         o, lse = torch.ops.flash.forward(q, k, v, operands, *call)

@@ -16,6 +16,10 @@ BACKENDS = ("auto", "triton", "hopper", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATS = "float16, bfloat16, float32 or float64"
 KERNELS = ("forward", "dkdv", "dq")
+HOPPER_LIMITS: dict[str, dict[str, tuple[int, ...]]] = {  # of a Config with backend="hopper", where they differ
+    "forward": {"block_m": (128, 192), "num_warps": (8, 12)},
+    "dkdv": {"block_m": (64,), "block_n": (128,), "num_warps": (8,)},
+}
 MAX_HEAD_DIM = 512
 MAX_SEQLEN = 2**30 - 2**9  # a position, an offset and a tile together stay within 32 bits
 
@@ -313,12 +317,14 @@ def check_config(config: ConfigLike, backend: str = "auto") -> tuple[Config | No
             "num_stages": tuple(range(1, 9)),
             "ahead": (False, True) if name == "forward" else (False,),
         }
-        if backend == "hopper":  # warpgroups need not be a power of two
-            limits |= {"block_m": (64, 128, 192), "num_warps": (8, 12)}
+        if backend == "hopper":  # four warps for 64 queries of the forward; dq is delta's, a plain kernel
+            limits |= HOPPER_LIMITS.get(name, {})
         for field, allowed in limits.items():
             got = getattr(value, field)
             if type(got) is not type(allowed[0]) or got not in allowed:
                 raise ValueError(f"config[{name!r}].{field} must be one of {allowed}, got {got!r}")
+        if backend == "hopper" and name == "forward" and 16 * value.num_warps != value.block_m:
+            raise ValueError(f"config['forward'] must have 16 queries a warp, block_m 128 or 192, got {value}")
     return given.get("forward"), given.get("dkdv"), given.get("dq")
 
 

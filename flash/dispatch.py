@@ -184,7 +184,10 @@ def chosen(problem: Problem, part: str = "forward", needs: Gradients = ALL) -> s
         TypeError: a user function lacks the twin that this backend runs.
     """
     q, v, backend = problem.q, problem.v, problem.backend
-    if backend == "hopper" or (backend == "auto" and hopper_is_faster(problem, part)):
+    given = problem.configs[:1] if part == "forward" else problem.configs[1:]  # those of the plain kernels, with "auto"
+    if backend == "hopper" or (
+        backend == "auto" and given.count(None) == len(given) and hopper_is_faster(problem, part)
+    ):
         reason = hopper_lacks(problem, part, needs)
         if reason is None:
             return "hopper"
@@ -292,15 +295,11 @@ def backward(
     return kernels.backward(*call, configs, needs)
 
 
-def kernels_of(problem: Problem, backend: str) -> tuple[str, ...]:
-    """The kernels that a forward and a backward of all gradients would run, if they have tiles to choose."""
-    if backend == "torch":
-        return ()
-    if backend == "hopper" and hopper_lacks(problem, "backward"):
-        return ("hopper_forward",) if problem.backend == "hopper" else ("hopper_forward", "dkdv", "dq")
-    behind = chosen(problem, "backward") if problem.backend == "auto" else backend
-    first = ("hopper_forward",) if backend == "hopper" else ("forward",)
-    return (*first, "hopper_backward") if behind == "hopper" else (*first, "dkdv", "dq")
+def kernels_of(backend: str, behind: str) -> tuple[str, ...]:
+    """The kernels with tiles to choose that a forward by one backend and a backward by another would run."""
+    forward = {"triton": ("forward",), "hopper": ("hopper_forward",)}
+    backward = {"triton": ("dkdv", "dq"), "hopper": ("hopper_backward",)}
+    return (*forward.get(backend, ()), *backward.get(behind, ()))
 
 
 def info(
@@ -317,8 +316,9 @@ def info(
     Returns:
         version, torch, triton (versions, "" for a Triton that is not there), device, device_name, head_dim (the range
         served), backends {name: "served" or why not, for this call or for float16 and head_dim 64}, backend (the one
-        that would run the forward) and, with q, configs {kernel: {config, reason}} of the forward and the backward,
-        empty for the torch backend, which has no tiles.
+        that would run the forward) and, with q, backward {backend (that would run it for all gradients, "" for none),
+        hopper ("served" or why not)} and configs {kernel: {config, reason}} of both, empty for the torch backend, which
+        has no tiles.
 
     Raises:
         ValueError: as the call itself would, or a part of a call came without q.
@@ -340,8 +340,13 @@ def info(
         backend, hopper = chosen(problem), hopper_lacks(problem, "forward")
         if hopper is None and backend != "hopper":
             hopper = "served by name; it has not been timed to be faster here"
-        kernels = kernels_of(problem, backend)
-        configs = {"configs": {kernel: tuned(problem, kernel)._asdict() for kernel in kernels}}
+        refused = hopper_lacks(problem, "backward")
+        behind = "" if problem.backend == "hopper" and refused else chosen(problem, "backward")
+        kernels = kernels_of(backend, behind)
+        configs = {
+            "backward": {"backend": behind, "hopper": refused or "served"},
+            "configs": {kernel: tuned(problem, kernel)._asdict() for kernel in kernels},
+        }
     return {
         "version": __version__,
         "torch": torch.__version__,

@@ -152,6 +152,17 @@ class Plan(NamedTuple):
     head_dim_v: int
     rest: tuple[Any, ...]
 
+    def like(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> "Plan":
+        """The Plan of a call that is compiled alike, with other lengths, batch, heads or strides."""
+        o = dense_like(q, self.head_dim_v, "meta")
+        operands, *rest = self.rest
+        sizes = sizes_of(q, k, Mods(), Positions(k.shape[2] - q.shape[2]))
+        programs, _ = cut(q, Mods(), operands, False, rest[-2])
+        strides = tuple(x.stride() for x in (q, k, v, o))
+        rows = tuple(q.shape[:3]), (q.shape[1] * q.shape[2], q.shape[2], 1)
+        kept = (operands, *sizes, *rest[len(sizes) :])
+        return self._replace(programs=programs, strides=strides, rows=rows, rest=kept)
+
     def launch(self, *tensors: torch.Tensor) -> bool:
         """Launch the kernel on q, k, v, o and lse, all 16-byte aligned; False, and nothing, where it cannot be."""
         q, k, v, o, lse = tensors

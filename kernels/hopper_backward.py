@@ -406,8 +406,15 @@ def options_of(config: Config) -> dict[str, int]:
     return {"num_warps": 4, "maxnreg": REGISTERS}
 
 
+def addressed(x: torch.Tensor) -> torch.Tensor:
+    """x [batch, heads, seqlen_q, head_dim_v], or a copy where TMA cannot address it."""
+    return x if unaddressed(x) is None else x.clone(memory_format=torch.contiguous_format)
+
+
 def statistics(x: torch.Tensor) -> TensorDescriptor:
-    """Tiles [ROWS] of x [batch, heads, seqlen_q], dense, as one axis: a tile may start anywhere on it."""
+    """Tiles [ROWS] of x [batch, heads, seqlen_q] as one axis: a tile may start anywhere on it. Copied where need be."""
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     return TensorDescriptor(x, [x.numel()], [1], [ROWS.value], layout)
 
@@ -452,7 +459,7 @@ def backward(
     delta = torch.empty_like(lse)
     if q.numel() == 0:
         return Gradients(dq, dk, dv, sinks=of_sinks(lse, delta, mods) if needs.sinks else None)
-    do = do if unaddressed(do) is None else do.contiguous()
+    do = addressed(do)
     operands, spec = prepare(mods, spec)
     sizes, shape = sizes_of(q, k, mods, positions), shape_of(q, k, v)
     programs = triton.cdiv(q.shape[2], configs.dq.block_m) * q.shape[1] * q.shape[0]

@@ -10,7 +10,7 @@ are done with it. Tiles at the edges of what is visible come first, one after th
 query sees whole: q k_j^T is issued before p_{j-1} v_{j-1}, so that the softmax of tile j runs under the second.
 
 ptxas moves the wait for p v above the softmax, and hides nothing, unless a basic block ends between them. The spin on
-the barrier of the next K ends one: it stands there for that (tests/test_hopper_forward.py asks for the overlap).
+the barrier of the next K ends one: it stands there for that (tests/test_hopper_compiled.py asks for the overlap).
 
 A weight of 0 does not keep a NaN of v from queries that must not see it. Tiles where that can happen are at the edges,
 which come first: where acc is not finite after them, it is found again key by key, from the visible pairs alone.

@@ -209,11 +209,11 @@ class Spec(NamedTuple):
     threshold: int = 0  # dropout_p in units of 2**-32
 
 
-def dense_like(q: torch.Tensor, head_dim_v: int) -> torch.Tensor:
+def dense_like(q: torch.Tensor, head_dim_v: int, device: str | None = None) -> torch.Tensor:
     """An empty [batch, heads, seqlen_q, head_dim_v], dense, its axes in the order that q's have in memory."""
     if head_dim_v == q.shape[3]:
-        return torch.empty_like(q)
+        return torch.empty_like(q) if device is None else torch.empty_like(q, device=device)
     strides = torch.empty_like(q, device="meta").stride()
     order = sorted(range(4), key=lambda axis: -strides[axis])
     sizes = (*q.shape[:3], head_dim_v)
-    return q.new_empty([sizes[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
+    return q.new_empty([sizes[axis] for axis in order], device=device).permute([order.index(axis) for axis in range(4)])

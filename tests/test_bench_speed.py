@@ -317,7 +317,7 @@ def test_a_race_is_written_and_drawn_again_from_its_file_with_what_has_no_number
     pytest.importorskip("matplotlib", reason="pictures need the bench extra")
     made, path = made_up(lengths=(16384,)), tmp_path / "speed-float16.json"
     made.save(path)
-    race.main(path)
+    race.main([str(path)])
     again = record.load(path)
     assert again.speed == made.speed | {"race": race.race(made)} and again.rows == made.rows
     assert path.with_suffix(".md").read_text() == race.report(made)

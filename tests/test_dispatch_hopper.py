@@ -11,6 +11,7 @@ import torch
 
 import flash
 from flash import dispatch
+from flash.autograd import attend
 from flash.autotune import tables
 from flash.kernels.spec import Config, Gradients
 from flash.problem import Problem
@@ -151,6 +152,53 @@ def test_a_config_of_three_warpgroups_is_theirs_alone() -> None:
     assert Problem.of(q, q, q, backend="hopper", config=three).configs[0] == three
     with pytest.raises(ValueError, match="block_m must be one of"):
         Problem.of(q, q, q, config=three)
+
+
+def test_a_config_of_the_plain_kernels_is_run_by_them(hopper: Any) -> None:
+    hopper(rows(1.0, 2.0))
+    forward = call(config=Config(64, 32, 4, 3))
+    assert [dispatch.chosen(forward, part) for part in ("forward", "backward")] == ["triton", "hopper"]
+    assert dispatch.tuned(forward, "forward").config == Config(64, 32, 4, 3)
+    backward = call(config={"dq": Config(64, 32, 4, 3)})
+    assert [dispatch.chosen(backward, part) for part in ("forward", "backward")] == ["hopper", "triton"]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"forward": Config(192, 128, 8, 2)}, "config\\['forward'\\] must have 16 queries a warp"),
+        ({"forward": Config(64, 128, 8, 2)}, "config\\['forward'\\].block_m must be one of"),
+        ({"dkdv": Config(128, 128, 8, 2)}, "config\\['dkdv'\\].block_m must be one of"),
+        ({"dq": Config(192, 128, 8, 2)}, "config\\['dq'\\].block_m must be one of"),
+        ({"dq": Config(64, 64, 12, 2)}, "config\\['dq'\\].num_warps must be one of"),
+    ],
+)
+def test_a_config_that_their_kernels_do_not_take_is_refused_at_once(config: Any, message: str) -> None:
+    q = torch.randn(1, 1, 3, 64)
+    with pytest.raises(ValueError, match=message):
+        Problem.of(q, q, q, backend="hopper", config=config)
+
+
+def test_delta_s_config_is_that_of_a_plain_kernel() -> None:
+    q = torch.randn(1, 1, 3, 64)
+    assert Problem.of(q, q, q, backend="hopper", config={"dq": Config(64, 64, 4, 2)}).configs[2] is not None
+
+
+@pytest.mark.parametrize(
+    "keywords, needs, reason",
+    [({"deterministic": True}, "qkv", "deterministic"), ({}, "q", "dk or dv is not asked for")],
+)
+def test_a_backward_that_they_lack_is_refused_before_the_forward_runs(
+    hopper: Any, keywords: Any, needs: str, reason: str
+) -> None:
+    shape = 1, 2, 100, 128
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=name in needs) for name in "qkv")
+    with pytest.raises(NotImplementedError, match=reason):
+        attend(Problem.of(q, k, v, backend="hopper", **keywords))
+    found = flash.info(q, k, v, backend="hopper", **keywords)
+    refused = found["backward"]
+    assert refused == {"backend": "hopper", "hopper": "served"} if not keywords else reason in refused["hopper"]
+    assert found["configs"].keys() == {"hopper_forward", *(() if keywords else ("hopper_backward",))}
 
 
 @pytest.mark.interpret(gpu=False)  # on a GPU the kernels' own tests launch them

@@ -2,7 +2,7 @@
 
 Simulated, every tile, barrier and product of the kernel is the real one and only the machine is not
 (interpreter/gluon.py); mutants of the protocol show that it would see them go wrong. The same bodies launch the
-compiled kernel on a GPU. What it compiles to is asked of the compiler, for every configuration that ships.
+compiled kernel on a GPU. What it compiles to is asked in test_hopper_compiled.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +13,6 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from flash.autotune.resources import report
-from flash.autotune.space import Variant
-from flash.autotune.tables import triton_version
 from flash.kernels import hopper_forward
 from flash.kernels.spec import Config, Positions
 from flash.problem import Problem
@@ -374,85 +371,3 @@ def test_a_configuration_of_other_kernels_is_refused(config: Config) -> None:
     p = Problem.of(*inputs(lambda x: x)[:3])
     with pytest.raises(ValueError, match="block_m 128 and num_warps 8"):
         hopper_forward.forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, Positions(), config)
-
-
-VARIANTS = {
-    "full": {},
-    "causal, groups": {"causal": True, "group": 4},
-    "window and sinks": {"features": ("window", "sinks")},
-    "causal window, offsets": {"causal": True, "features": ("window",), "q_offset": True},
-    "causal softcap": {"causal": True, "raw": False, "features": ("softcap",)},
-}
-SHIPPED = [
-    (head_dim, config, variant)
-    for (head_dim, banded), configs in hopper_forward.CONFIGS.items()
-    for config in configs
-    for variant, call in VARIANTS.items()
-    if banded == bool(call)
-]
-
-
-# KiB of shared memory that a configuration takes, by head_dim and consumers; the registers are all there are.
-SHARED = {(64, 2): 81, (64, 3): 89, (128, 2): 161, (256, 2): 193}
-# Bytes that ptxas spills nevertheless, with Triton's 3.6 code: scalars that wait for the end of the kernel.
-SPILLED = {("3.6", 256, "causal window, offsets"): 12, ("3.6", 256, "causal softcap"): 16}
-
-
-def compiled_well(head_dim: int, config: Config, variant: str, dtype: str) -> None:
-    made = report("cuda:90", "hopper_forward", Variant(dtype, head_dim, head_dim, **VARIANTS[variant]), config, True)
-    consumers = config.block_m // 64
-    assert made.faults == () and made.shared <= SHARED[head_dim, consumers] * 1024 <= 227 * 1024
-    assert made.registers == hopper_forward.REGISTERS[consumers]
-    assert made.spill_bytes <= SPILLED.get((str(triton_version())[:3], head_dim, variant), 0)
-    assert not made.serialized and made.warnings == ()
-    assert made.loops and not any("local" in loop.counts for loop in made.loops)
-    assert made.hidden is not None and made.hidden >= 0.9
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("head_dim, variant", [(64, "causal, groups"), (128, "full"), (128, "causal, groups")])
-def test_the_softmax_is_hidden_and_nothing_spills(head_dim: int, variant: str) -> None:
-    compiled_well(head_dim, hopper_forward.CONFIGS[head_dim, bool(VARIANTS[variant])][0], variant, "bfloat16")
-
-
-class Absent:
-    """As much of a Hopper GPU's driver as compiling asks for."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@pytest.mark.aot
-def test_a_launch_with_all_its_operands_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    # through Triton's own specialisation of descriptors, tuples and absent operands, which the report writes by hand
-    import triton
-
-    made = []
-
-    def warm(kernel: Any, programs: int, device: Any, config: Config, *args: Any, **options: int) -> None:
-        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        made.append(kernel.warmup(*args, grid=(programs,), **blocks, **options))
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", Absent())
-    monkeypatch.setattr(hopper_forward, "launch", warm)
-    options = {"causal": True, "window": (5, None), "q_offset": torch.tensor([1, -2]), "sinks": torch.randn(2)}
-    call(inputs(lambda x: x, batch=2, heads_k=1, seqlen_k=33, **options), Config(128, 64, 8, 2))
-    assert made[0].metadata.num_warps == 12 and made[0].metadata.shared < 227 * 1024
-
-
-@pytest.mark.aot
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim, config, variant", SHIPPED)
-def test_every_shipped_configuration_hides_the_softmax_and_spills_nothing(
-    head_dim: int, config: Config, variant: str, dtype: str
-) -> None:
-    compiled_well(head_dim, config, variant, dtype)

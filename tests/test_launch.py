@@ -1,45 +1,12 @@
-"""A launch as the JIT sees it, without a GPU: a stand-in driver compiles for sm_90 and launches nothing."""
+"""A launch as the JIT sees it, without a GPU (drivers.py)."""
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
+from tests.drivers import printed
+
 pytestmark = pytest.mark.aot
-
-DRIVER = """
-import json, torch
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import driver
-
-
-class Utilities:
-    def load_binary(self, *args):
-        return 1, 2, 100, 0, 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
-
-
-class StandIn(DriverBase):
-    def __init__(self):
-        self.utils = Utilities()
-        self.launcher_cls = lambda source, metadata: lambda *args: None
-
-    is_active = classmethod(lambda cls: True)
-    map_python_to_cpp_type = lambda self, type: type
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_active_torch_device = lambda self: torch.device("cpu")
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_benchmarker = lambda self: None
-
-
-driver.set_active(StandIn())
-"""
 
 CALLS = """
 from flash.kernels import backward, forward
@@ -104,14 +71,6 @@ for seqlen_q, seqlen_k in ((100, 150), (1, 64), (64, 1)):  # lists of one block 
     whole &= everything(seqlen_q, seqlen_k, block_mask=block_mask)
 print(json.dumps(whole))
 """
-
-
-def printed(script: str) -> Any:
-    """What a script prints as JSON, in a process of its own: the driver is one for a whole process."""
-    command = [sys.executable, "-W", "ignore", "-c", DRIVER + script]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")

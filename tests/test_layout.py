@@ -54,7 +54,14 @@ ARROWS = {
         "flash.fallback",
     ),
     "flash.autograd": ("flash.kernels.spec", "flash.mods", "flash.twins", "flash.problem", "flash.dispatch"),
-    "flash.plans": ("flash.kernels.spec", "flash.kernels.forward", "flash.problem", "flash.dispatch"),
+    "flash.plans": (
+        "flash.kernels.spec",
+        "flash.kernels.forward",
+        "flash.autotune.tables",
+        "flash.checks",
+        "flash.problem",
+        "flash.dispatch",
+    ),
     "flash.attention": (
         "flash.kernels.spec",
         "flash.mods",

@@ -1,13 +1,13 @@
 """A plan launches what the ordinary way would launch, and nothing that a plan was not made for finds one.
 
-A stand-in driver compiles for sm_90 and records launches instead of making them (tests/test_launch.py).
+A stand-in driver compiles for sm_90 and records launches instead of making them (drivers.py).
 """
 
 from typing import Any
 
 import pytest
 
-from tests.test_launch import printed
+from tests.drivers import printed
 
 pytestmark = pytest.mark.aot
 
@@ -57,13 +57,15 @@ def flat(args, tensors):
 
 def launched(q, k, v, plan, **options):
     # what one call launches: by its plan, or without one
-    kept = dict(plans.plans)
+    kept = dict(plans.plans), dict(plans.kinds)
     if not plan:
         plans.plans.clear()
+        plans.kinds.clear()
     before, made[:] = len(plans.plans), []
     flash_attention(q, k, v, **options)
     (one,) = made
-    plans.plans.update(kept)
+    plans.plans.update(kept[0])
+    plans.kinds.update(kept[1])
     return [one.grid, one.stream, one.kernel, list(flat(one.args, [q, k, v]))]
 
 
@@ -141,6 +143,22 @@ for _ in range(2):
     found["gradient"] = planned(lambda: flash_attention(grad, k, k))
 with torch.no_grad():
     found["no_grad"] = planned(lambda: flash_attention(grad, k, k))
+found["fewer keys"] = planned(lambda: flash_attention(q, *(tensor(2, 4, 120, 64) for _ in "kv")))
+found["another batch"] = planned(lambda: flash_attention(*(tensor(3, 4, 128, 64) for _ in "qkv")))
+found["other heads"] = planned(lambda: flash_attention(*(tensor(2, 6, 128, 64) for _ in "qkv")))
+found["heads last"] = planned(lambda: flash_attention(*(heads_last(2, 4, 128, 64) for _ in "qkv")))
+found["a group"] = planned(lambda: flash_attention(q, *(tensor(2, 2, 128, 64) for _ in "kv")))
+found["another head_dim"] = planned(lambda: flash_attention(*(tensor(2, 4, 128, 32) for _ in "qkv")))
+found["another bucket of lengths"] = planned(lambda: flash_attention(*(tensor(2, 4, 2048, 64) for _ in "qkv")))
+found["causal"] = planned(lambda: flash_attention(q, k, k, causal=True))
+found["odd strides"] = planned(lambda: flash_attention(q, *(tensor(2, 4, 128, 72)[..., :64] for _ in "kv")))
+mismatched = []
+for other in (tensor(3, 4, 128, 64), tensor(2, 3, 128, 64), tensor(2, 4, 128, 32), tensor(2, 4, 128)):
+    try:
+        flash_attention(q, other, other)
+    except ValueError as error:
+        mismatched.append(str(error))
+found["mismatched"] = len(mismatched)
 found["parameter"] = planned(lambda: flash_attention(nn.Parameter(q, requires_grad=False), k, k))
 
 
@@ -167,7 +185,7 @@ found["float32"] = [planned(lambda: flash_attention(q.float(), k.float(), k.floa
 found["window"] = [planned(lambda: flash_attention(q, k, k, window=5)) for _ in range(2)][-1]
 wrong = []
 strange = {"causal": 1, "scale": True, "softcap": True, "dropout_p": False, "backend": "x", "return_lse": 1}
-for options in ({name: value} for name, value in strange.items()):
+for options in ({"backend": ["auto"]}, *({name: value} for name, value in strange.items())):
     try:
         flash_attention(q, k, k, **options)
     except ValueError as error:
@@ -210,6 +228,8 @@ def test_calls_that_triton_tells_apart_run_their_own_kernel(same: Any) -> None:
 
 def test_whatever_is_unusual_takes_the_ordinary_way() -> None:
     found = printed(SET_UP + UNUSUAL)
-    assert found.pop("wrong") == 6 and len(found.pop("without strides")) == 3 and found.pop("stream") == 7
-    planned = {"second", "other tensors", "no_grad", "after"}
+    assert found.pop("wrong") == 7 and found.pop("mismatched") == 4
+    assert len(found.pop("without strides")) == 3 and found.pop("stream") == 7
+    compiled_alike = {"fewer keys", "another batch", "other heads", "heads last"}
+    planned = {"second", "other tensors", "no_grad", "after", *compiled_alike}
     assert {name for name, by_plan in found.items() if by_plan} == planned

@@ -104,6 +104,10 @@ def make_own(name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
         size_q, size_k = map(int, detail.split("x"))
         shape = batch, sizes.heads, seqlen_q, seqlen_k
         return {"block_mask": create_block_mask(sieve, *shape, device="cpu", BLOCK_SIZE=(size_q, size_k))}
+    if name == "below":  # blocks of so many queries and keys, most of them whole or empty
+        shape = None, None, seqlen_q, seqlen_k
+        made = create_block_mask(lambda b, h, i, j: j <= i, *shape, device="cpu", BLOCK_SIZE=int(detail))
+        return {"block_mask": made}
     raise ValueError(name)
 
 
@@ -249,6 +253,8 @@ CASES = [
     Case("bias", FAR["row"], BFLOAT16),
     *(Case(f"bias:{axes}", TWO, patches={"PROGRAMS": 8}) for axes in ("bhqk", "k", "hq", "b", "qk")),
     Case("bias:hk causal", TWO._replace(batch=3, seqlen_q=20), patches={"PROGRAMS": 10, "STRIPS": 1}),
+    Case("bias:hk", TWO._replace(batch=3), patches={"PROGRAMS": 16}),  # two parts of three pairs: the last is short
+    Case("bias:bk", TWO._replace(heads=3, heads_k=1), patches={"PROGRAMS": 8}),
     Case("bias:k", ONE._replace(batch=2, seqlen_q=70, seqlen_k=19), patches={"PROGRAMS": 4, "STRIPS": 2}, config=TINY),
     Case("bias:q window", ONE._replace(batch=3), patches={"PROGRAMS": 4}),
     Case("bias:qk window", MID, config=TINY),
@@ -308,6 +314,7 @@ CASES = [
     Case("block_mask", config=TINY),
     Case("blocks:16x16", ONE._replace(batch=2, heads=2), config=TINY),
     Case("block_mask", LONG._replace(seqlen_q=20), config=TINY, planted="hidden"),
+    Case("below:16", LONG, config=AHEAD),  # whole blocks, read ahead
     Case("blocks:32x64", LONG, config=TINY),
     Case("blocks:16x1024", config=TINY),
     Case("blocks:32x64", LONG, config=TINY, planted="seen"),
