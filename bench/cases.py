@@ -258,7 +258,7 @@ def features(device: torch.device, dtype: str, quick: bool = False) -> list[Case
     if device.type == "cuda":
         batch, heads, seqlen = 4, 16, 4096
     else:
-        batch, heads, seqlen, head_dims, dtype = 1, 8, 2048, (64,), "float32"
+        batch, heads, seqlen, head_dims, dtype = 1, 8, 4096, (64,), "float32"
     heads, seqlen, head_dims = (2, 128, (16,)) if quick else (heads, seqlen, head_dims)
     sized = ("window", "document", "block mask", "varlen")
     named = [(f"{name} {seqlen // 8}" if name in sized else name, False) for name in FEATURES]

@@ -41,6 +41,7 @@ MATRICES = {"forward": 2, "both": 3}  # of scores, that standard attention holds
 GPU_EFFORT, QUICK_EFFORT = Effort(0.025, 0.1, 5), Effort(0.0, 0.01, 3)
 LONG_EFFORT = Effort(0.0, 0.12, 3)
 CPU_LIMIT, CPU_PATIENCE = 225.0, 0.5
+LONGER_LIMIT = 1200.0  # of the suites that nobody waits for
 MEMORY_SHARE = 0.3  # of the time limit, so that a busy machine still times something
 FEATURE_SUITES = ("features", "long")  # each with files of its own, few peers, and patience for all of them
 SPEED = "speed"
@@ -140,7 +141,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
     option("--seed", type=int, default=0, help="of the operands (default: 0)")
     option("--threads", type=int, default=min(2, torch.get_num_threads()), help="of a CPU (default: 2)")
-    limits = f"{CPU_LIMIT:g} on a CPU, {SPEED_LIMIT:g} for the speed suite on a GPU"
+    limits = f"{CPU_LIMIT:g} on a CPU, {LONGER_LIMIT:g} for features and long, {SPEED_LIMIT:g} for speed on a GPU"
     option("--limit", type=float, help=f"seconds after which nothing is begun (default: {limits})")
     patience = f"{CPU_PATIENCE:g} on a CPU; of its whole job where peers are apart, {SPEED_PATIENCE:g}"
     option("--patience", type=float, help=f"of a peer's check, in seconds (default: {patience})")
@@ -173,7 +174,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     cpu = device.type == "cpu"
     never = float("inf")
     speed = args.suite == SPEED
-    limit = args.limit if args.limit is not None else CPU_LIMIT if cpu else SPEED_LIMIT if speed else never
+    default = LONGER_LIMIT if args.suite in FEATURE_SUITES else CPU_LIMIT
+    limit = args.limit if args.limit is not None else default if cpu else SPEED_LIMIT if speed else never
     patient = not cpu or args.suite in (*FEATURE_SUITES, SPEED)
     patience = args.patience if args.patience is not None else (never if patient else CPU_PATIENCE)
     effort = CPU_EFFORT if cpu else GPU_EFFORT
