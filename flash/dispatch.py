@@ -183,7 +183,7 @@ def chosen(problem: Problem, part: str = "forward", needs: Gradients = ALL) -> s
         NotImplementedError: the backend asked for by name does not serve it.
         TypeError: a user function lacks the twin that this backend runs.
     """
-    q, v, backend = problem.q, problem.v, problem.backend
+    backend = problem.backend
     given = problem.configs[:1] if part == "forward" else problem.configs[1:]  # those of the plain kernels, with "auto"
     if backend == "hopper" or (
         backend == "auto" and given.count(None) == len(given) and hopper_is_faster(problem, part)
@@ -193,7 +193,18 @@ def chosen(problem: Problem, part: str = "forward", needs: Gradients = ALL) -> s
             return "hopper"
         if backend == "hopper":
             raise NotImplementedError(f"backend 'hopper' does not serve this {part}: {reason}; use backend='auto'")
-    backend = choose(backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
+    return plain(problem)
+
+
+def plain(problem: Problem) -> str:
+    """The backend, Hopper kernels left aside, that serves a Problem.
+
+    Raises:
+        NotImplementedError: the backend asked for by name does not serve it.
+        TypeError: a user function lacks the twin that this backend runs.
+    """
+    q, v = problem.q, problem.v
+    backend = choose(problem.backend, q.device, q.dtype, max(q.shape[3], v.shape[3]))
     for mod in (problem.mods.score_mod, problem.mods.mask_mod):
         if mod is not None:
             mod.require(backend)
@@ -293,6 +304,31 @@ def backward(
 
     configs = Configs(*(tuned(p, kernel).config for kernel in KERNELS))
     return kernels.backward(*call, configs, needs)
+
+
+def jvp(problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of o and lse of a Problem from the backend that serves it."""
+    p = problem
+    call = (tangents, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
+    if p.backend == "hopper":
+        raise NotImplementedError("backend 'hopper' has no forward mode; use backend='auto'")
+    if plain(p) == "torch":
+        return fallback.jvp(*call)
+    if p.mods.score_mod is not None:
+        p.mods.score_mod.require("derivative")
+    from .kernels import jvp as kernels
+
+    return kernels.jvp(*call, tuned_for_tangents(p).config)
+
+
+def tuned_for_tangents(problem: Problem) -> tables.Choice:
+    """The Config of the kernel of forward mode: that of dq, which it is most like, its walked tiles half as wide.
+
+    It walks four tiles, of k, v and their tangents, where dq walks two.
+    """
+    found = tuned(problem, "dq")
+    config = found.config._replace(block_n=max(16, found.config.block_n // 2), num_stages=1)
+    return tables.Choice(config, f"half of dq's: {found.reason}")
 
 
 def kernels_of(backend: str, behind: str) -> tuple[str, ...]:

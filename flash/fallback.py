@@ -28,6 +28,7 @@ from flash.tiling import (
     cut,
     load_keys,
     load_rows,
+    operand,
     pairs_of_a_tile,
     sequences,
     store_rows,
@@ -213,6 +214,102 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, gr
             grad.copy_(total)
     if delta is not None:
         add_sinks(call, delta if dlse is None else delta.sub_(dlse), lse, grads.sinks)
+
+
+def jvp(
+    tangents: Gradients,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mods: Mods,
+    spec: Spec,
+    scale: float,
+    positions: Positions,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of o and lse, for those of the operands; None stands for zero.
+
+    Args:
+        tangents: each of its operand's shape and dtype, any strides.
+        q, k, v, mods, spec, scale, positions: as given to `forward`.
+        o, lse: as it returned them.
+
+    Returns:
+        each in the shape, dtype and order in memory of o or lse.
+    """
+    to, tlse = dense_like(q, v.shape[-1]).zero_(), torch.zeros_like(lse)
+    call = Call(q, k, v, mods, spec, scale, positions)
+    if mods.starts_q is None:
+        jvp_blocks(call, tangents, o, lse, to, tlse)
+        return to, tlse
+    for own, rows, keys, bad in sequences(call):
+        if bad:
+            to[:, :, rows], tlse[:, :, rows] = float("nan"), float("nan")
+            continue
+        b, lengths = own.origin.b, (None, rows.stop - rows.start, keys.stop - keys.start)
+        parts = [None if x is None else x[:, :, at] for x, at in zip(tangents[:3], (rows, keys, keys), strict=True)]
+        bias, slopes = cut(tangents.bias, b, *lengths), cut(tangents.alibi_slopes, b, None)
+        own_tangents = Gradients(parts[0], parts[1], parts[2], bias, slopes, tangents.sinks)
+        jvp_blocks(own, own_tangents, o[:, :, rows], lse[:, :, rows], to[:, :, rows], tlse[:, :, rows])
+    return to, tlse
+
+
+def jvp_blocks(call: Call, tangents: Gradients, o: Tensor, lse: Tensor, to: Tensor, tlse: Tensor) -> None:
+    """Fill the tangents of o and lse, which hold 0, tile by tile."""
+    q, k, v, accumulator = call.q, call.k, call.v, lse.dtype
+    every = (q, k, v, *(x for x in tangents[:3] if x is not None))
+    finite = all(all_finite(x) for x in every)
+    if tangents.sinks is not None:
+        weights = (call.mods.sinks.to(accumulator)[:, None] - lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
+        tlse.addcmul_(weights, tangents.sinks.to(accumulator)[:, None])
+    for tile in tiles(call, pairs_of_a_tile(call)):
+        q_tile = load_rows(q, tile, accumulator)
+        k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
+        lse_tile = load_rows(lse.unsqueeze(-1), tile, accumulator)
+        s, keep, outer, inner = score(call, tile, q_tile, k_tile, slope=True)
+        p = s.sub_(lse_tile.masked_fill(lse_tile == float("-inf"), 0.0).view(*tile.shape[:2], 1)).clamp_(max=0.0).exp_()
+        ts = tangent_of_score(call, tile, tangents, q_tile, k_tile, outer, inner)
+        if keep is not None:
+            p.masked_fill_(~keep, 0.0)
+            ts = ts.masked_fill(~keep, 0.0)
+        ts = ts * p
+        tlse_tile = load_rows(tlse.unsqueeze(-1), tile, accumulator).view(*tile.shape[:2], 1) + ts.sum(-1, keepdim=True)
+        stays = dropped(call, tile)
+        if stays is not None:
+            stays /= 1.0 - call.spec.dropout_p
+            ts, p = ts * stays, p * stays
+        keep_rows = None if finite or keep is None else keep_of(keep, tile)
+        acc = matmul(by_key_head(ts, tile), v_tile, keep_rows)
+        if tangents.v is not None:
+            acc += matmul(by_key_head(p, tile), load_keys(tangents.v, tile, accumulator), keep_rows)
+        acc -= load_rows(o, tile, accumulator) * by_key_head(tlse_tile, tile)
+        store_rows(to, tile, acc)
+        store_rows(tlse.unsqueeze(-1), tile, tlse_tile)
+
+
+def tangent_of_score(
+    call: Call, tile: Tile, tangents: Gradients, q_tile: Tensor, k_tile: Tensor, outer: Tensor | None,
+    inner: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The tangent of a tile's scores, [heads, rows, cols], by the same lines as the scores; hidden pairs are not 0."""
+    dtype = q_tile.dtype
+    ts = torch.zeros(tile.shape, dtype=dtype, device=call.q.device)
+    if tangents.q is not None:
+        ts += (load_rows(tangents.q, tile, dtype) @ k_tile.mT).view(tile.shape)
+    if tangents.k is not None:
+        ts += (q_tile @ load_keys(tangents.k, tile, dtype).mT).view(tile.shape)
+    ts *= call.scale
+    if inner is not None:
+        ts *= inner
+    if tangents.bias is not None:
+        ts += operand(tangents.bias, tile)
+    if tangents.alibi_slopes is not None:
+        slopes = tangents.alibi_slopes[tile.b if tangents.alibi_slopes.shape[0] > 1 else 0, tile.heads]
+        ts.addcmul_(slopes.to(dtype)[:, None, None], distances(call, tile, dtype), value=-1.0)
+    if outer is not None:
+        ts *= outer
+    return ts
 
 
 def gradients_of_score(call: Call, tile: Tile, ds: Tensor, inner: Tensor | None, grads: Gradients) -> None:

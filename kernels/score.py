@@ -59,6 +59,27 @@ def gradient(ds, qk, at, mods, sizes, scale, spec: tl.constexpr):
 
 
 @triton.jit
+def tangent(tqk, qk, at, mods, sizes, scale, spec: tl.constexpr):
+    """The tangent of s, natural, from those of q.k, bias and slopes; where pairs are hidden, not yet 0."""
+    t = tqk * tl.cast(scale, tqk.dtype)
+    if not spec.raw:
+        x = qk * tl.cast(scale, qk.dtype)
+        if spec.softcap is not None:
+            ratio = tanh(x * (1 / spec.softcap))
+            t *= 1.0 - ratio * ratio
+        if mods.bias_tangent is not None:
+            t += element(mods.bias_tangent, at, sizes, spec.bias_rows, spec.bias_cols).to(t.dtype)
+        if mods.slopes_tangent is not None:
+            slope = tl.load(tile.origin(mods.slopes_tangent, at.b, at.h)).to(t.dtype)
+            t -= slope * distance(at).to(t.dtype)
+        if mods.score_fn is not None:
+            i, j = clamped(at, sizes)
+            z = added(capped(x, spec), at, mods, sizes, spec)
+            t *= mods.score_derivative(z, at.b, at.h, i, j, mods.score_args).to(t.dtype)
+    return t
+
+
+@triton.jit
 def derivative(total, scale):
     """Gradient with respect to q.k, summed over a row or a column, from the same sum with respect to x."""
     return total * tl.cast(scale, total.dtype)

@@ -139,6 +139,9 @@ class Operands(NamedTuple):
     bias: Any = None  # View
     slopes: Any = None  # View; only the first two axes have strides, and of sinks the second
     sinks: Any = None  # View
+    bias_tangent: Any = None  # Views of tangents, of forward mode
+    slopes_tangent: Any = None
+    sinks_tangent: Any = None
     seed: Any = None  # pointer
     starts_q: Any = None  # pointer
     starts_k: Any = None  # pointer

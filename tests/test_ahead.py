@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from flash import autograd
+from flash import ops
 from flash.kernels.spec import Config
 from flash.problem import Problem
 from tests import calls, features
@@ -80,9 +80,9 @@ def test_the_same_tiles_are_visited_once(place: Place, launches: list[Any], opti
 def test_a_config_crosses_the_op_whole(config: Any) -> None:
     q = torch.zeros(1, 1, 4, 16)
     problem = Problem.of(q, q, q, config=config)
-    numbers = autograd.call_of(problem)[-1]
+    numbers = ops.call_of(problem)[-1]
     assert all(type(number) is int for number in numbers)
-    assert autograd.configs_of(numbers) == problem.configs
+    assert ops.configs_of(numbers) == problem.configs
 
 
 @pytest.mark.parametrize("kernel", ["dkdv", "dq"])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from flash import mods
 from flash.attention import flash_attention
-from flash.autograd import call_of, problem_of
+from flash.ops import call_of, problem_of
 from flash.problem import Problem
 
 INTERPRETED = pytest.param("triton", marks=pytest.mark.interpret)
@@ -84,8 +84,9 @@ def test_the_raw_op_refuses_to_lose_a_tangent_even_under_no_grad() -> None:
     q, k, v = qkv(grad=False)
     with forward_ad.dual_level(), torch.no_grad():
         dual = forward_ad.make_dual(q, torch.ones_like(q))
+        operands, *call = call_of(Problem.of(q, k, v))
         with pytest.raises(RuntimeError, match="would be lost"):
-            flash_attention(dual, k, v)
+            torch.ops.flash.forward(dual, k, v, operands, *call)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +116,6 @@ def test_torch_func_is_right_or_raises(transform: Callable[..., Any]) -> None:
     except Exception:  # noqa: BLE001  whatever torch raises is an answer; silent zeros are not
         return
     assert_close(found, transform(standard, q))
-
-
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
-def test_torch_func_says_that_it_is_not_served_yet(transform: Callable[..., Any]) -> None:
-    q, _, _ = qkv(grad=False)
-    with pytest.raises(NotImplementedError, match="torch.func transforms are not served yet"):
-        transform(lambda x: flash_attention(x, x, x).sum())(q[None] if transform is torch.func.vmap else q)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret(gpu=False))])

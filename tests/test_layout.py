@@ -53,7 +53,9 @@ ARROWS = {
         "flash.problem",
         "flash.fallback",
     ),
-    "flash.autograd": ("flash.kernels.spec", "flash.mods", "flash.twins", "flash.problem", "flash.dispatch"),
+    "flash.ops": ("flash.kernels.spec", "flash.mods", "flash.twins", "flash.problem", "flash.dispatch"),
+    "flash.functorch": ("flash.kernels.spec", "flash.ops"),
+    "flash.autograd": ("flash.kernels.spec", "flash.problem", "flash.dispatch", "flash.ops", "flash.functorch"),
     "flash.plans": (
         "flash.kernels.spec",
         "flash.kernels.forward",
