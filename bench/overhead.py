@@ -1,6 +1,6 @@
 """What a call costs before its kernel runs: Python and launching, in microseconds, torch's own attention beside it.
 
-    python -m bench.overhead [--json]
+    python -m bench.overhead [--json]      # also python -m bench.run --suite overhead
 
 Without a GPU a stand-in driver compiles for sm_90 and launches nothing, and CPU tensors pass for a GPU's. Left out are
 then the driver's launch itself and CUDA's allocator. torch's scaled_dot_product_attention is timed on CPU tensors of
@@ -71,7 +71,7 @@ def rows(device: torch.device) -> dict[str, float]:
     """{what: microseconds a call}."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    from flash import autograd, dispatch, plans
+    from flash import autograd, dispatch, ops, plans
     from flash.attention import flash_attention
     from flash.kernels.forward import planned_forward
     from flash.problem import Problem
@@ -93,7 +93,7 @@ def rows(device: torch.device) -> dict[str, float]:
     found["  of other lengths than before"] = microseconds(other_lengths)
     problem = Problem.of(q, k, v, causal=True)
     p, config = problem, dispatch.tuned(problem, "forward").config
-    operands, *call = autograd.call_of(problem)
+    operands, *call = ops.call_of(problem)
     dispatched = partial(dispatch.forward, problem)
     ordinary = lambda: autograd.attend(Problem.of(q, k, v, causal=True))  # noqa: E731
     found["without a plan"] = microseconds(ordinary)
@@ -104,9 +104,40 @@ def rows(device: torch.device) -> dict[str, float]:
     found["      arguments and launch"] = microseconds(
         lambda: planned_forward(q, k, v, p.mods, p.spec, p.scale, p.positions, config)
     )
+    found |= paths(q, k, v)
     few = (1, 1, 1, 1) if device.type == "cpu" else SIZES
     x = torch.zeros(few, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
     found["scaled_dot_product_attention"] = microseconds(lambda: scaled_dot_product_attention(x, x, x))
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        found["  its call with gradients"] = microseconds(lambda: scaled_dot_product_attention(leaf, leaf, leaf))
+        found["  and the backward pass"] = microseconds(
+            lambda: torch.autograd.grad(scaled_dot_product_attention(leaf, leaf, leaf), leaf, x)
+        )
+    return found
+
+
+def paths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
+    """What a call costs by the ways through torch other than the shortest, launches included."""
+    from flash.attention import flash_attention
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return flash_attention(q, k, v, causal=True)  # type: ignore[return-value]
+
+    leaf, do = q.detach().requires_grad_(), torch.zeros_like(q)
+    size, batch = 2, torch.stack([q, q])
+    with torch.enable_grad():
+        found = {
+            "with gradients": microseconds(lambda: attend(leaf)),
+            "  forward and backward": microseconds(lambda: torch.autograd.grad(attend(leaf), leaf, do)),
+        }
+    _, back = torch.func.vjp(attend, q)
+    found["torch.func.vjp, forward"] = microseconds(lambda: torch.func.vjp(attend, q))
+    found["  its backward pass"] = microseconds(lambda: back(do))
+    found["torch.func.jvp"] = microseconds(lambda: torch.func.jvp(attend, (q,), (do,)))
+    found[f"torch.vmap over {size}"] = microseconds(lambda: torch.vmap(attend)(batch))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found["torch.compile"] = microseconds(lambda: compiled(q))
     return found
 
 

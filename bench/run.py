@@ -5,6 +5,7 @@
     python -m bench.run --suite features   # what a mask, a bias, dropout .. cost: features.json, .md and .png
     python -m bench.run --suite long       # windows and documents in long sequences: long.json, .md, long-context.png
     python -m bench.run --suite speed      # side by side with the best there is: speed.json, .md, speed-*.png
+    python -m bench.run --suite overhead   # what calling costs in Python, without a GPU too: bench/overhead.py
 
 Nothing is timed before its result matched the float64 oracle (bench/check.py). Every combination of case, peer and pass
 leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, with the reason.
@@ -131,7 +132,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=shown)
     option = parser.add_argument
-    suites = "auto, cpu, sweep, models, all, quick, features, long or speed (default: auto)"
+    suites = "auto, cpu, sweep, models, all, quick, features, long, speed or overhead (default: auto)"
     option("--suite", default="auto", help=suites)
     option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
     option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
@@ -274,6 +275,10 @@ def race_all(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 0, or 1 where our own result was wrong or raised."""
     args = parse(argv)
+    if args.suite == "overhead":
+        from bench import overhead
+
+        return overhead.main([])
     settings = settings_of(args)
     try:
         import matplotlib  # noqa: F401
