@@ -8,6 +8,7 @@
 both have been timed. Else it takes the first of the others that serves. A backend asked for by name serves or raises.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from inspect import signature
@@ -262,13 +263,20 @@ def tuned_for_hopper(problem: Problem, kernel: str) -> tables.Choice:
     return tables.Choice(shipped[0], "compiled and simulated, untimed")
 
 
+def as_given(q: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which torch's own operations leave dtypes alone: what autocast asks of a call, Problem has done."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem from the backend that serves it."""
     p = problem
     call = (p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions)
     backend = chosen(p)
     if backend == "torch":
-        return fallback.forward(*call)
+        with as_given(p.q):
+            return fallback.forward(*call)
     if backend == "hopper":
         from .kernels import hopper_forward
 
@@ -291,7 +299,8 @@ def backward(
     call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
     backend = chosen(p, "backward", needs)
     if backend == "torch":
-        return fallback.backward(*call, needs)
+        with as_given(p.q):
+            return fallback.backward(*call, needs)
     if backend == "hopper":
         from .kernels import hopper_backward
 

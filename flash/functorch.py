@@ -136,6 +136,7 @@ def run(op: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     return op(*inputs[:at], inputs[at + 1 :], *inputs[at].call)
 
 
+@torch._disable_dynamo  # which would trace it where vmap is around a compiled function, and fails
 def mapped(
     function: Callable[..., Any], names: tuple[str, ...], size: int, axes: Sequence[Any], inputs: Sequence[Any]
 ) -> tuple[Any, Any]:

@@ -243,18 +243,24 @@ def differentiable(x: Inputs) -> dict[str, torch.Tensor]:
     return named | {name: x.options[name] for name in ("bias", "alibi_slopes", "sinks") if name in x.options}
 
 
-def gradcheck(x: Inputs, backend: str, config: Any = TILES) -> None:
-    """Compare the gradients of o and of a finite lse, for every operand, with finite differences."""
-    named = {name: t.detach().requires_grad_() for name, t in differentiable(x).items()}
-    call = attention(backend, config)
+def of_operands(attention: Callable[..., Any], x: Inputs) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    """A call as a function of its differentiable operands alone, lse of rows without keys as 0, and the operands."""
+    named = differentiable(x)
 
     def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         given = dict(zip(named, tensors, strict=True))
         q, k, v = (given.pop(name) for name in "qkv")
-        o, lse = call(q, k, v, **x.options | given)
+        o, lse = attention(q, k, v, **x.options | given)
         return o, lse.where(lse.isfinite(), 0.0)
 
-    assert torch.autograd.gradcheck(function, tuple(named.values()), fast_mode=True, check_undefined_grad=False)
+    return function, list(named.values())
+
+
+def gradcheck(x: Inputs, backend: str, config: Any = TILES) -> None:
+    """Compare the gradients of o and of a finite lse, for every operand, with finite differences."""
+    function, tensors = of_operands(attention(backend, config), x)
+    leaves = tuple(t.detach().requires_grad_() for t in tensors)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True, check_undefined_grad=False)
 
 
 def slope(x: Inputs, got: Outputs, backend: str, config: Any = TILES) -> None:
