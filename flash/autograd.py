@@ -77,7 +77,7 @@ def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         operands = [None if x is None else x.resolve_neg() for x in operands]
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             if functorch.watched([q, k, v, *(x for x in operands if x is not None)]):
-                return functorch.Attention.apply(q, k, v, functorch.Sealed(tuple(call)), *operands)  # type: ignore[no-untyped-call,no-any-return]
+                return functorch.attend(q, k, v, tuple(call), *operands)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         if torch.compiler.is_compiling():
             q, k, v, *operands = distinct([q, k, v, *operands])

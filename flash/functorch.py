@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from .kernels.spec import Gradients, Spans
@@ -122,6 +123,14 @@ def gradients_of(
     return *gradients[:3], None, *of_operands, *(None for _ in operands[len(PLAIN) :])
 
 
+@_disable_dynamo  # else, where a transform is around a compiled function, it traces the Functions and fails
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple[Any, ...], *operands: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse under whatever watches the tensors."""
+    return Attention.apply(q, k, v, Sealed(call), *operands)  # type: ignore[no-untyped-call,no-any-return]
+
+
 def watched(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a transform of torch.func sees a call's tensors, or one of them carries a tangent."""
     if torch._C._are_functorch_transforms_active():
@@ -136,7 +145,6 @@ def run(op: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     return op(*inputs[:at], inputs[at + 1 :], *inputs[at].call)
 
 
-@torch._disable_dynamo  # which would trace it where vmap is around a compiled function, and fails
 def mapped(
     function: Callable[..., Any], names: tuple[str, ...], size: int, axes: Sequence[Any], inputs: Sequence[Any]
 ) -> tuple[Any, Any]:
