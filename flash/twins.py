@@ -150,6 +150,10 @@ def _finish(mod: Any, triton_fns: dict[str, str], torch_fns: dict[str, str]) -> 
     key = (id(type(mod)), *(id(getattr(mod, name)) for name in (*triton_fns, *torch_fns)))
     handle = _handles.get(key)
     if handle is None:
+        if torch.compiler.is_compiling():  # what it enters into a table it enters when it has done tracing
+            raise RuntimeError(
+                "new functions of a mod must be met before torch.compile traces: make the mod once outside"
+            )
         for name, parameters in triton_fns.items():
             _check_triton(f"{kind}.{name}", getattr(mod, name), parameters)
         for name, parameters in torch_fns.items():
@@ -160,8 +164,6 @@ def _finish(mod: Any, triton_fns: dict[str, str], torch_fns: dict[str, str]) -> 
 
 def _enter(mod: Any, key: tuple[int, ...]) -> str:
     """The handle of functions that were not known; of two threads that bring the same ones, the first decides."""
-    if torch.compiler.is_compiling():  # what it enters into a table it enters when it has done tracing
-        raise RuntimeError("new functions of a mod must be met before torch.compile traces: make the mod once outside")
     with _lock:
         if key not in _handles:
             name = getattr(mod.torch_fn if mod.fn is None else mod.fn, "__name__", type(mod).__name__)
