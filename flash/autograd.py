@@ -1,7 +1,7 @@
 """From a Problem to o and lse, with gradients: which of torch's layers a call goes through.
 
 inputs that torch.func or forward mode watches     the Functions of `flash/functorch.py`
-an input that requires a gradient                  the Function here, which costs least
+an input that requires a gradient                  the Function here, which costs least; none while exporting
 anything else                                      the raw op
 """
 
@@ -78,7 +78,9 @@ def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             if functorch.watched([q, k, v, *(x for x in operands if x is not None)]):
                 return functorch.attend(q, k, v, tuple(call), *operands)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    # strict export would keep a Function's forward without its backward, in silence; a raw op raises when it is run
+    if differentiable and not torch.compiler.is_exporting():
         if torch.compiler.is_compiling():
             q, k, v, *operands = distinct([q, k, v, *operands])
         elif problem.backend == "hopper":  # which may refuse the backward alone: now, and not after the forward

@@ -147,8 +147,8 @@ def would_lose(x: torch.Tensor) -> bool:
     """Whether x carries a gradient or a tangent that an op without a formula would drop."""
     if torch._C._functorch.is_functorch_wrapped_tensor(x) and torch._C._functorch.is_gradtrackingtensor(x):
         return True
-    if torch.is_grad_enabled() and x.requires_grad:
-        return True
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting():
+        return True  # what export only writes down is asked again when it is run
     watching = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
     return watching and forward_ad.unpack_dual(x).tangent is not None
 

@@ -158,6 +158,7 @@ def test_an_exported_model_is_saved_and_loaded() -> None:
         assert_close(torch.export.load(file).module()(x), standard(model)(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 @pytest.mark.slow
 @COMPILER
 def test_an_aotinductor_package_runs(tmp_path: Path) -> None:
