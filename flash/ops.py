@@ -161,7 +161,7 @@ def guarded(op: Any) -> Callable[..., Any]:
         if any(would_lose(x) for x in flat if isinstance(x, torch.Tensor)):
             raise RuntimeError(
                 f"{op} has no derivative, and the one asked for would be lost: call flash.attention.flash_attention, "
-                "outside torch.compile where it is by a torch.func transform or in forward mode; what torch.export made "
+                "outside torch.compile where it is by a torch.func transform or in forward mode; an exported program "
                 "runs under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():

@@ -112,7 +112,7 @@ def judge(x: Inputs, name: str, no_grad: bool, mode: str, backend: str = "torch"
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
-@pytest.mark.sampled(25)
+@pytest.mark.sampled(50)
 @cells(["eager"])
 def test_eager(place: Place, backend: str, combination: str, name: str, mode: str, no_grad: bool) -> None:
     judge(features.call_of(place, COMBINATIONS[combination]), name, no_grad, mode, backend)

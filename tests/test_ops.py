@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from flash import mods
@@ -269,3 +270,18 @@ def test_private_getitem_of_a_vmapped_index() -> None:
     table = torch.arange(5)
     with TransformGetItemToIndex():
         assert torch.equal(torch.vmap(lambda i: table[i])(torch.tensor([3, 1])), torch.tensor([3, 1]))
+
+
+def test_private_fused_attention_of_a_cpu() -> None:
+    """`_scaled_dot_product_flash_attention_for_cpu` and its `_backward`: o, lse in natural logarithm, gradients."""
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64).unbind()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    s = leaves[0] @ leaves[1].mT * 0.5
+    want = s.softmax(-1) @ leaves[2]
+    do = torch.randn_like(want)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=None, scale=0.5)
+    assert_close(o, want)
+    assert_close(lse, s.logsumexp(-1), check_stride=False)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    got = backward(do, q, k, v, o, lse, 0.0, False, attn_mask=None, scale=0.5)
+    assert_close(got, torch.autograd.grad(want, leaves, do))
