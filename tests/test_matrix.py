@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch._dynamo.exc import Unsupported
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash import reference
 from flash.attention import flash_attention, flash_attention_varlen
+from flash.ops import PLAIN
 from tests import bounds, features, philox, transforms
 from tests.bounds import Inputs
 from tests.calls import Place
@@ -231,3 +233,43 @@ def test_any_operand_may_be_mapped_over_any_axis(combination: str, batch: int, m
         for name, got in found.items():
             for ours, theirs in zip(got, transforms.WANTED[name](one), strict=True):
                 assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+class Masks(TorchDispatchMode):
+    """Where the mask and bias of each call lie, and how many batch elements it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.flash.forward.default:
+            mask, bias = (args[3][PLAIN.index(name)] for name in ("mask", "bias"))
+            self.seen.append((args[0].shape[0], mask.data_ptr(), bias.data_ptr()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_mask_that_is_alike_for_all_is_not_copied_under_vmap(batch: int) -> None:
+    """Of one batch element it is broadcast over the joined batch; else there is a call for each."""
+    q = torch.randn(transforms.SEVERAL, batch, 2, 9, 8)
+    mask, bias = torch.rand(batch, 1, 9, 9) < 0.8, torch.randn(batch, 1, 9, 9)
+    with Masks() as masks:
+        torch.vmap(lambda x: flash_attention(x, x, x, mask=mask, bias=bias))(q)
+    sizes = [transforms.SEVERAL] if batch == 1 else [batch] * transforms.SEVERAL
+    assert masks.seen == [(size, mask.data_ptr(), bias.data_ptr()) for size in sizes]
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["o", "lse"])
+def test_either_output_alone_has_per_sample_gradients(output: int) -> None:
+    x = features.call_of(torch.Tensor.clone, ["groups", "bias", "sinks"])
+    ours, theirs = transforms.ours(x, "torch"), transforms.oracle(x)
+    got = torch.vmap(torch.func.grad(lambda *xs: ours.function(*xs)[output].square().sum(), ours.every()))(
+        *ours.several
+    )
+
+    def gradients(c: transforms.Call) -> Any:
+        leaves = c.leaves()
+        return torch.autograd.grad(c.function(*leaves)[output].square().sum(), leaves, materialize_grads=True)
+
+    assert_close(got, transforms.one_by_one(theirs, gradients), rtol=1e-12, atol=1e-12)

@@ -53,7 +53,13 @@ def opcheck(problem: Problem, every_need: list[list[bool]], layout: Callable[...
         torch.library.opcheck(torch.ops.flash.jvp.default, (*tangents, q, k, v, o, lse, operands, *call))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=[pytest.mark.slow] if name.startswith(("expanded", "one")) else [])
+        for name, layout in LAYOUTS.items()
+    ],
+)
 def test_opcheck_passes_whatever_the_strides(layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
     q, k, v = (layout(x) for x in qkv())
     nothing = [False] * 3
