@@ -322,7 +322,8 @@ def jvp(problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tenso
     if p.backend == "hopper":
         raise NotImplementedError("backend 'hopper' has no forward mode; use backend='auto'")
     if plain(p) == "torch":
-        return fallback.jvp(*call)
+        with as_given(p.q):
+            return fallback.jvp(*call)
     if p.mods.score_mod is not None:
         p.mods.score_mod.require("derivative")
     from .kernels import jvp as kernels

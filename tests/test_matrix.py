@@ -160,6 +160,22 @@ def test_autocast_casts_q_k_and_v_and_gradients_back(combination: str, dtype: to
     bounds.check(got._replace(**{name: t.to(dtype) for name, t in gradients.items()}), features.known(lower))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_derivatives_under_autocast_are_those_of_operands_in_the_lower_precision(dtype: torch.dtype) -> None:
+    """Tangents, and gradients that are taken where autocast is still on: bit for bit."""
+    x = features.call_of(torch.Tensor.clone, ["bias", "softcap", "groups"], dtype=torch.float32)
+    call = transforms.ours(x, "torch")
+    lower = [tuple(t.to(dtype) for t in of[:3]) + of[3:] for of in (call.operands, call.along)]
+    want = torch.func.jvp(call.function, *lower)
+    leaves = tuple(t.requires_grad_() for t in lower[0])
+    gradients = torch.autograd.grad(call.curved(*leaves), leaves)
+    with torch.autocast("cpu", dtype):
+        assert_close(torch.func.jvp(call.function, call.operands, call.along), want, rtol=0, atol=0)
+        leaves = call.leaves()
+        found = torch.autograd.grad(call.curved(*leaves), leaves)
+    assert_close(found, [g.to(t.dtype) for g, t in zip(gradients, leaves, strict=True)], rtol=0, atol=0)
+
+
 class Module(torch.nn.Module):
     """A call as a module."""
 
