@@ -22,7 +22,7 @@ from flash.kernels.spec import Blocks, Config, Operands, Shape, Sizes, Spans, Sp
 from . import gluon
 from .listing import Loop, matrix_loops
 from .space import FEATURES, Variant
-from .tables import HEAD_DIMS, ITEMSIZE, lookup, shared_limit
+from .tables import HEAD_DIMS, ITEMSIZE, for_tangents, lookup, shared_limit
 
 TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 POINTER_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"} | {
@@ -30,7 +30,7 @@ POINTER_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp3
     torch.int64: "i64",
 }
 TENSOR_MEMORY = 512  # columns that one program may have on sm_100
-KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", *gluon.KERNELS)
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "jvp", *gluon.KERNELS)
 EMPTY_KERNEL = 16  # a kernel of fewer registers than this has lost its body
 
 
@@ -149,7 +149,7 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
 
 
 def _function(kernel: str) -> Any:
-    from flash.kernels import backward, bias, forward
+    from flash.kernels import backward, bias, forward, jvp
 
     if kernel in gluon.KERNELS:
         return gluon.function(kernel)
@@ -159,6 +159,7 @@ def _function(kernel: str) -> Any:
         "delta": backward.delta_kernel,
         "dkdv": backward.dkdv_kernel,
         "dq": backward.dq_kernel,
+        "jvp": jvp.jvp_kernel,
     }
     return functions[kernel]
 
@@ -217,16 +218,19 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
     if kernel in gluon.KERNELS:
         padded, described = gluon.padded(variant), gluon.descriptors(kernel, variant, config)
     operands, chosen = _features(variant)
+    if kernel == "jvp":  # whatever has a tangent brings one
+        tangents = {f"{name}_tangent": getattr(operands, name) for name in ("bias", "slopes", "sinks")}
+        operands = operands._replace(**tangents)
     spec = Spec(causal=variant.causal, raw=variant.raw, precision=precision)._replace(**chosen)
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
     constants = {"spec": spec, "shape": shape, "AHEAD": config.ahead}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     return {
-        **dict.fromkeys(("q", "k", "dq", "dk"), wide),
-        **dict.fromkeys(("v", "o", "do", "dv"), wide_v),
+        **dict.fromkeys(("q", "k", "dq", "dk", "tq", "tk"), wide),
+        **dict.fromkeys(("v", "o", "do", "dv", "tv", "to"), wide_v),
         **{name: _Leaf(type) for name, type in described.items()},
         **{"keys": wide, "values": wide_v, "section": _Leaf("i32"), "SLOTS": _Leaf("constexpr", config.num_stages)},
-        **dict.fromkeys(("lse", "delta"), rows),
+        **dict.fromkeys(("lse", "delta", "tlse"), rows),
         "sums": _NONE if kernel == "hopper_dkdv" else rows,
         "dbias": _view(acc, True),
         "dlse": View(rows, stride, stride, one, one) if variant.dlse else _NONE,
@@ -402,9 +406,12 @@ def main(argv: list[str] | None = None) -> int:
         elif options.kernel in gluon.KERNELS:
             config = gluon.config(options.kernel, variant)
         else:
-            name = "dq" if options.kernel in ("delta", "dbias") else options.kernel
+            name = "dq" if options.kernel in ("delta", "dbias", "jvp") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)
-            config = lookup(target, name, options.dtype, head_dim, 8192, options.causal).config
+            choice = lookup(target, name, options.dtype, head_dim, 8192, options.causal)
+            if options.kernel == "jvp":
+                choice = for_tangents(choice, target, options.dtype, head_dim)
+            config = choice.config
         made = report(target, options.kernel, variant, config, listing=True)
         if options.json:
             print(json.dumps({"kernel": options.kernel, "config": config._asdict(), **made._asdict()}))

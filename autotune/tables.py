@@ -22,10 +22,10 @@ from flash.kernels.spec import Config
 from .form import ALLOWED, HEAD_DIMS, HOPPER, ITEMSIZE, KERNELS, SEQLENS, Row, Table, dump, parse
 
 __all__ = [
-    "ALLOWED", "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump", "heuristic",
-    "is_faster", "kernel_hash", "length_bucket", "load", "lookup", "narrowed", "parse", "registers_bound",
-    "shared_limit", "shipped_table", "table_name", "timed", "too_wide", "triton_version", "user_folder", "user_table",
-    "user_table_name",
+    "ALLOWED", "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump",
+    "for_tangents", "heuristic", "is_faster", "kernel_hash", "length_bucket", "load", "lookup", "narrowed", "parse",
+    "registers_bound", "shared_limit", "shipped_table", "table_name", "timed", "too_wide", "triton_version",
+    "user_folder", "user_table", "user_table_name",
 ]  # fmt: skip
 KiB = 1024
 LARGEST_FILE = 1024 * KiB
@@ -178,6 +178,42 @@ def narrowed(choice: Choice, kernel: str) -> Choice:
     axis = "block_m" if kernel == "dkdv" else "block_n"
     cut = config._replace(**{axis: min(getattr(config, axis), 32), "num_stages": min(config.num_stages, 2)})
     return choice if cut == config else Choice(cut, f"{choice.reason}; narrowed for what each score looks up")
+
+
+# Bytes of an element up to which warpgroups multiply tiles of 64 rows and more that stay out of registers.
+ASYNCHRONOUS = {"cuda:90": 4, "cuda:100": 2, "cuda:103": 2}
+OPERAND = 8 * KiB  # of a tile of q, and again of its tangent, that other matrix instructions can hold in registers
+
+
+def for_tangents(choice: Choice, target: str, dtype: str, head_dim: int) -> Choice:
+    """The Choice for the kernel of forward mode, from that for dq, which it is most like: its tiles, cut, in one stage.
+
+    It owns tiles of q, of its tangent and of o's, and walks four where dq walks two. Compiled for sm_80 to sm_100 in
+    half precision, warps that hold q and its tangent in registers spill nothing up to 8 KiB of each (64 rows at
+    head_dim 64, 32 at 128, 16 at 256), and 50 B to 22 kB a thread beyond. Where warpgroups read them from elsewhere,
+    128 rows of up to 256 B spill nothing, 64 rows of 512 B up to 1.6 kB. On sm_100 float32 tiles of 64 rows of 512 B
+    ask for more tensor memory than there is, and compile to nothing at all. A head_dim that is no multiple of 16 counts
+    twice: each lane has an address of its own.
+
+    Args:
+        choice: for dq.
+        target: "cuda:90", "hip:gfx942", or "interpreter".
+        dtype: name of a floating dtype.
+        head_dim: the larger of head_dim and head_dim_v, 1 to 512.
+
+    Returns:
+        The Choice; each of its tiles divides dq's.
+    """
+    config, itemsize = choice.config, ITEMSIZE[dtype]
+    row = next(d for d in HEAD_DIMS if d >= head_dim) * itemsize * (2 if head_dim % 16 else 1)
+    block_n = min(config.block_n, 32 if itemsize == 2 and head_dim % 16 == 0 else 16)
+    cut = config._replace(block_n=block_n, num_stages=1)
+    if target.startswith("cuda:"):
+        cut = cut._replace(num_warps=8)
+        if itemsize > ASYNCHRONOUS.get(target, 0) or row > 256 or config.block_m < 64:
+            held = 2 * row if dtype == "float32" else row  # tf32x3 keeps each float32 operand as two of half its bits
+            cut = cut._replace(block_m=min(config.block_m, max(16, OPERAND // held)))
+    return Choice(cut, f"made of dq's: {choice.reason}")
 
 
 # Bytes of shared memory that 16 x 16 tiles of the hungriest kernel, dkdv, take on NVIDIA by dtype and head_dim bucket,

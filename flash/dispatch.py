@@ -332,13 +332,9 @@ def jvp(problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tenso
 
 
 def tuned_for_tangents(problem: Problem) -> tables.Choice:
-    """The Config of the kernel of forward mode: that of dq, which it is most like, its walked tiles half as wide.
-
-    It walks four tiles, of k, v and their tangents, where dq walks two.
-    """
-    found = tuned(problem, "dq")
-    config = found.config._replace(block_n=max(16, found.config.block_n // 2), num_stages=1)
-    return tables.Choice(config, f"half of dq's: {found.reason}")
+    """The Config of the kernel of forward mode, made of dq's."""
+    target, dtype, head_dim, *_ = table_key(problem)
+    return tables.for_tangents(tuned(problem, "dq"), target, dtype, head_dim)
 
 
 def kernels_of(backend: str, behind: str) -> tuple[str, ...]:

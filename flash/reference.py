@@ -369,15 +369,23 @@ def one_by_one(
 
 
 class Bad(torch.autograd.Function):
-    """A bad sequence's operand: its gradient is NaN."""
+    """A bad sequence's operand: its gradient is NaN, and so is its tangent."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> Tensor:
         return torch.full_like(dx, float("nan"))
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor) -> Tensor:
+        return torch.full_like(tx, float("nan"))
 
 
 def safe_starts(cu_seqlens: Tensor, total: int) -> tuple[list[int], list[bool]]:

@@ -14,6 +14,7 @@ delta, of lse) can move a whole row, so these are six standard deviations of one
 
 The floor is 8 eps of the accumulator times the largest number that enters the sum: where standard attention happens to
 be exact (one key), rounding of the sums is still allowed. lse is float32 for half-precision inputs too, and held to it.
+Tangents of o and lse (to, tlse) are held as o and lse are, against standard attention's in forward mode.
 
 The gradient of a bias, slope or sink may be a handful of long sums, and one of them can be exact by luck. Its e_0 is at
 least what chance makes of its terms' errors (`likely`). An operand of another dtype than q's is held to the coarser.
@@ -34,7 +35,7 @@ ASIDE = ("max_seqlen_q", "max_seqlen_k", "backend", "config", "deterministic")  
 
 
 class Outputs(NamedTuple):
-    """What a call returns and what its backward pass finds; None where it was not asked for."""
+    """What a call returns, and what its backward pass and forward mode find; None where it was not asked for."""
 
     o: torch.Tensor
     lse: torch.Tensor
@@ -44,11 +45,14 @@ class Outputs(NamedTuple):
     dbias: torch.Tensor | None = None
     dalibi_slopes: torch.Tensor | None = None
     dsinks: torch.Tensor | None = None
+    to: torch.Tensor | None = None
+    tlse: torch.Tensor | None = None  # 0 where lse is -inf
 
 
 class Inputs(NamedTuple):
     """A call: tensors, the gradients that come back, and the keywords of `flash_attention`, or those of
-    `flash_attention_varlen` with q [total_q, heads, head_dim]; a `dropout_mask` stands in for dropout_p."""
+    `flash_attention_varlen` with q [total_q, heads, head_dim]; a `dropout_mask` stands in for dropout_p. With
+    tangents of q, k, v or OPERANDS, by name, it is run in forward mode as well."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -56,10 +60,15 @@ class Inputs(NamedTuple):
     do: torch.Tensor | None = None
     dlse: torch.Tensor | None = None
     options: dict[str, Any] = {}  # never written to
+    tangents: dict[str, torch.Tensor] | None = None
 
 
 def differentiate(attention: Any, x: Inputs, operands: tuple[str, ...] = OPERANDS) -> Outputs:
-    """Run (q, k, v, **options) -> (o, lse) and, where x brings do, its backward pass, also for these of its options."""
+    """Run (q, k, v, **options) -> (o, lse) and, where x brings do, its backward pass, also for these of its options;
+    and in forward mode, where it brings tangents."""
+    if x.tangents is not None:
+        moved = tangents_of(attention, x)
+        return differentiate(attention, x._replace(tangents=None), operands)._replace(to=moved.to, tlse=moved.tlse)
     names = [name for name in operands if x.options.get(name) is not None] if x.do is not None else []
     leaves = [t.detach().requires_grad_(x.do is not None) for t in (x.q, x.k, x.v, *(x.options[n] for n in names))]
     o, lse = attention(*leaves[:3], **{**x.options, **dict(zip(names, leaves[3:], strict=True))})
@@ -72,6 +81,22 @@ def differentiate(attention: Any, x: Inputs, operands: tuple[str, ...] = OPERAND
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
     others = {f"d{name}": g for name, g in zip(names, grads[3:], strict=True)}
     return Outputs(o.detach(), lse.detach(), *grads[:3], **others)
+
+
+def tangents_of(attention: Any, x: Inputs) -> Outputs:
+    """Run (q, k, v, **options) -> (o, lse) in forward mode, along x's tangents."""
+    assert x.tangents is not None
+    given = {"q": x.q, "k": x.k, "v": x.v, **x.options}
+
+    def function(*moved: torch.Tensor) -> Any:
+        now = {**given, **dict(zip(x.tangents or {}, moved, strict=True))}
+        q, k, v = (now.pop(name) for name in "qkv")
+        o, lse = attention(q, k, v, **now)
+        return (o, lse.masked_fill(lse == float("-inf"), 0.0)), lse
+
+    at = tuple(given[name].detach() for name in x.tangents)
+    (o, _), (to, tlse), lse = torch.func.jvp(function, at, tuple(x.tangents.values()), has_aux=True)
+    return Outputs(o, lse, to=to, tlse=tlse)
 
 
 def dense_or_packed(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +118,8 @@ def widened(x: Inputs) -> Inputs:
         if (t := options.get(name)) is not None:
             lowest = t <= torch.finfo(t.dtype).min if name == "bias" else torch.zeros_like(t, dtype=torch.bool)
             options[name] = t.detach().double().masked_fill(lowest, float("-inf"))
-    return Inputs(*(None if t is None else t.double() for t in x[:5]), options=options)
+    tangents = None if x.tangents is None else {name: t.double() for name, t in x.tangents.items()}
+    return Inputs(*(None if t is None else t.double() for t in x[:5]), options=options, tangents=tangents)
 
 
 def oracle(x: Inputs) -> Outputs:
@@ -109,8 +135,10 @@ def standard(x: Inputs) -> Outputs:
     """Standard attention in the inputs' dtype; lse from float32 scores, as lse itself is float32."""
     found = differentiate(dense_or_packed(materialised), x)
     if x.q.dtype in (torch.float16, torch.bfloat16):
-        _, lse = dense_or_packed(materialised)(x.q.float(), x.k.float(), x.v.float(), **x.options)
-        found = found._replace(lse=lse.detach())
+        tangents = None if x.tangents is None else {name: t.float() for name, t in x.tangents.items()}
+        wide = Inputs(x.q.float(), x.k.float(), x.v.float(), options=x.options, tangents=tangents)
+        wide_found = differentiate(dense_or_packed(materialised), wide)
+        found = found._replace(lse=wide_found.lse.detach(), tlse=wide_found.tlse)
     return found
 
 
@@ -236,6 +264,9 @@ def floors(x: Inputs) -> dict[str, float]:
     product = scale * longest(x.q) * longest(x.k)
     product = min(product, x.options.get("softcap") or product)
     ds = kept * longest(x.do) * longest(x.v) + most(x.dlse)
+    t = {**dict.fromkeys(("q", "k", "v", *OPERANDS)), **(x.tangents or {})}
+    ts = scale * (longest(t["q"]) * longest(x.k) + longest(x.q) * longest(t["k"]))
+    ts += most(t["bias"]) + most(t["alibi_slopes"]) * distance
     largest = {
         "o": kept * most(x.v),
         "lse": 1.0 + product + most(bias) + most(slopes) * distance + most(sinks),
@@ -245,6 +276,8 @@ def floors(x: Inputs) -> dict[str, float]:
         "dbias": ds,
         "dalibi_slopes": ds * distance,
         "dsinks": ds,
+        "to": kept * (2 * ts * most(x.v) + most(t["v"])) + most(t["sinks"]) * most(x.v),
+        "tlse": ts + most(t["sinks"]),
     }
     return {name: 8 * eps * value for name, value in largest.items()}
 
@@ -271,7 +304,7 @@ def complaints(got: Outputs, x: Inputs, saturated: bool = False) -> list[str]:
 
 def rule_of(name: str, x: Inputs) -> torch.dtype:
     """The dtype to whose rule an output is held: the coarser one of q and the operand whose gradient it is."""
-    if name == "lse":
+    if name in ("lse", "tlse"):
         return torch.float64 if x.q.dtype == torch.float64 else torch.float32
     own = x.options[name[1:]].dtype if name[1:] in OPERANDS else x.q.dtype
     return max(x.q.dtype, own, key=lambda dtype: torch.finfo(dtype).eps)

@@ -17,7 +17,13 @@ def inputs(dtype: torch.dtype, operands: torch.dtype | None = None) -> Inputs:
     k, v = torch.randn(2, 2, 2, 37, 40).to(dtype)
     sizes = {"bias": (1, 4, 37, 1), "alibi_slopes": (2, 4), "sinks": (4,)}
     options = {name: torch.randn(size).to(operands or dtype) for name, size in sizes.items()}
-    return Inputs(q, k, v, do, torch.randn(2, 4, 37), {"causal": True, **options})
+    return along(Inputs(q, k, v, do, torch.randn(2, 4, 37), {"causal": True, **options}))
+
+
+def along(x: Inputs) -> Inputs:
+    """x with a tangent of every operand; that of a slope, which distances multiply, is small."""
+    named = {"q": x.q, "k": x.k, "v": x.v, **{name: x.options[name] for name in bounds.OPERANDS if name in x.options}}
+    return x._replace(tangents={n: torch.randn_like(t) / (40 if n == "alibi_slopes" else 1) for n, t in named.items()})
 
 
 def packed(dtype: torch.dtype) -> Inputs:
@@ -33,16 +39,18 @@ def packed(dtype: torch.dtype) -> Inputs:
         "max_seqlen_k": 20,
     }
     options["alibi_slopes"] = torch.randn(4, 4).to(dtype)
-    return Inputs(q, k, v, do, torch.randn(4, 37), options)
+    return along(Inputs(q, k, v, do, torch.randn(4, 37), options))
 
 
 def rounded(x: Inputs) -> Outputs:
     """The oracle's result in the dtypes that a call returns: as good as a result can be."""
     want = bounds.oracle(x)
-    lse = want.lse if x.q.dtype == torch.float64 else want.lse.float()
+    rows = {name: getattr(want, name) for name in ("lse", "tlse")}
+    if x.q.dtype != torch.float64:
+        rows = {name: t if t is None else t.float() for name, t in rows.items()}
     own = {f"d{name}": x.options[name].dtype for name in bounds.OPERANDS if name in x.options}
     dtypes = (own.get(name, x.q.dtype) for name in Outputs._fields)
-    return Outputs(*(t if t is None else t.to(dtype) for t, dtype in zip(want, dtypes, strict=True)))._replace(lse=lse)
+    return Outputs(*(t if t is None else t.to(dtype) for t, dtype in zip(want, dtypes, strict=True)))._replace(**rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,9 +1,9 @@
 """The calls that mutants are shown: small ones, and each compares everything a mutant could change.
 
-A case is data: the features of a call (tests/features.py), its sizes and dtype. It is run forward and backward through
-the public function. What comes back must be within the bounds of the oracle (tests/bounds.py), in float32 also about as
-near to it as the unchanged kernels came; it must have NaN where the oracle has it, and have cost as many products and
-loaded and stored elements as before.
+A case is data: the features of a call (tests/features.py), its sizes and dtype. It is run forward and backward, or in
+forward mode, through the public function. What comes back must be within the bounds of the oracle (tests/bounds.py), in
+float32 also about as near to it as the unchanged kernels came; it must have NaN where the oracle has it, and have cost
+as many products and loaded and stored elements as before.
 """
 
 import math
@@ -156,8 +156,11 @@ class Case(NamedTuple):
         options: further keywords.
         needs: operands whose gradient is asked for; None is every one.
         dlse: whether lse has a gradient.
-        planted: "hidden" puts NaN into every key and value that no query sees, "seen" some into each of q, k, v and do;
-            "whole" rounds q and k to whole numbers: their products are exact, and what is lost after them shows.
+        tangents: operands that have a tangent, with a space between them, or "all"; such a case is run in forward mode
+            and has no backward pass.
+        planted: "hidden" puts NaN into every key and value that no query sees, "seen" some into each of q, k, v and do,
+            and both into their tangents, of v a whole row; "whole" rounds q and k to whole numbers: their products are
+            exact, and what is lost after them shows.
         far: axis along which tensors of four axes lie far apart (`far_apart`).
         sigma: standard deviation of q, k and v.
         config: tile sizes.
@@ -170,6 +173,7 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = {}
     needs: tuple[str, ...] | None = None
     dlse: bool = True
+    tangents: str = ""
     planted: str = ""
     far: str = ""
     sigma: float = 1.0
@@ -332,6 +336,32 @@ CASES = [
     Case("packed causal", PACKS, planted="seen"),
     Case("packed bias:bh alibi_slopes", PACKS, options=HOSTILE, patches={"PROGRAMS": 16}),
     Case("packed bias:h", PACKS, options=HOSTILE, patches={"PROGRAMS": 2}),
+    # forward mode
+    Case(tangents="all"),
+    *(Case("causal", TWO, tangents=name) for name in ("q", "k", "v")),
+    *(Case("bias alibi_slopes sinks", TWO, tangents=name) for name in ("bias", "alibi_slopes", "sinks")),
+    Case("causal", TWO, BFLOAT16, tangents="all"),
+    Case("causal", LONG, FLOAT16, tangents="all"),
+    Case("causal", LONG, FLOAT32, tangents="all", config=WIDE),
+    Case("causal", ONE._replace(seqlen_q=51, seqlen_k=37), tangents="all", config=WIDE),
+    Case("causal", tangents="all", options={"q_offset": -20}, planted="hidden"),
+    Case("causal", tangents="all", planted="seen"),
+    Case("causal", dtype=BFLOAT16, tangents="all", planted="seen"),
+    Case(tangents="all", options={"window": (40, 25)}, sizes=LONG),
+    Case(dtype=FLOAT32, tangents="all", options={"scale": -0.3}),
+    Case("mask:hk", tangents="all", planted="hidden"),
+    Case("bias", tangents="all", planted="hidden"),
+    Case("bias softcap", dtype=FLOAT32, tangents="all"),
+    Case("alibi_slopes causal window", TWO, tangents="all"),
+    Case("softcap", sigma=4.0, tangents="all", options={"scale": -0.3}),
+    Case("sinks", tangents="all"),
+    Case("sinks causal", TWO, BFLOAT16, tangents="all"),
+    Case("sinks causal", tangents="all", options={"q_offset": -20}),
+    Case("dropout_p", tangents="all"),
+    Case("score_mod softcap bias alibi_slopes", TWO, tangents="all"),
+    Case("blocks:32x64", LONG, tangents="all", config=TINY),
+    Case("packed causal groups", PACKS, tangents="all", planted="hidden"),
+    Case("packed bias:bh alibi_slopes", PACKS, tangents="all", options=HOSTILE),
 ]
 
 
@@ -361,18 +391,26 @@ def inputs_of(case: Case) -> Inputs:
     for name in own:
         x = x._replace(options={**x.options, **make_own(name, case.sizes, case.dtype)})
     x = x._replace(options={**x.options, **case.options}, dlse=x.dlse if case.dlse else None)
+    named = features.differentiable(x)
+    moved = [name for name in named if case.tangents == "all" or name in case.tangents.split()]
+    x = x._replace(tangents={name: torch.randn_like(named[name]) for name in moved} or None)
     rows = 0 if "packed" in names else 2  # the axis of queries and keys
     if case.planted == "hidden":
-        weight = bounds.oracle(features.known(x._replace(do=torch.ones_like(x.do), dlse=None))).dv
+        weight = bounds.oracle(features.known(x._replace(do=torch.ones_like(x.do), dlse=None, tangents=None))).dv
         unseen = (weight == 0).all(-1)
         if not unseen.any():
             raise ValueError(f"{case.name}: every key is seen")
-        x.k[unseen], x.v[unseen] = math.nan, math.nan
+        for t in (x.k, x.v, *((x.tangents or {}).get(name) for name in "kv")):
+            if t is not None:
+                t[unseen] = math.nan
     elif case.planted == "whole":
         x = x._replace(q=x.q.round(), k=x.k.round())
     elif case.planted == "seen":
         for t, part in ((x.q, 0.33), (x.k, 0.5), (x.v, 0.2), (x.v, 0.83), (x.do, 0.25)):
             t.select(rows, int(t.shape[rows] * part))[..., -1] = math.nan
+        for name, part in (("q", 0.1), ("k", 0.9), ("v", 0.7)) if x.tangents else ():
+            t = x.tangents[name]
+            t.select(rows, int(t.shape[rows] * part))[..., 0 if name == "v" else -1 :] = math.nan
     return x
 
 
@@ -382,6 +420,8 @@ def prepare(case: Case) -> Prepared:
     known = features.known(x)
     want = bounds.oracle(known)
     sound = known._replace(**{name: getattr(known, name).nan_to_num(0.0) for name in ("q", "k", "v", "do")})
+    if known.tangents is not None:
+        sound = sound._replace(tangents={name: t.nan_to_num(0.0) for name, t in known.tangents.items()})
     plain, floors = bounds.standard(sound), bounds.floors(sound)
     chance = {} if case.dtype == FLOAT64 or case.needs == () else bounds.likely(sound)
     if case.planted == "whole":  # the largest numbers of the exponent are s and lse
@@ -425,8 +465,10 @@ def across(x: torch.Tensor, axis: str) -> torch.Tensor:
 
 
 def run(prepared: Prepared) -> Outputs:
-    """Outputs and gradients of a case by the kernels as they now are."""
+    """Outputs, and gradients or tangents, of a case by the kernels as they now are."""
     case, x, *_ = prepared
+    if x.tangents is not None:
+        return bounds.tangents_of(features.attention("triton", case.config), x)
     if case.far:  # made anew each time: a process with so much memory to its name cannot fork
         x = far_apart(x, case.far)
     named = features.differentiable(x)
