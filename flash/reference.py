@@ -130,7 +130,8 @@ def contract_keys(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 class FiniteProduct(torch.autograd.Function):
-    """p @ v, its gradient for v summed over visible pairs only: a NaN in do would reach hidden keys as 0 * NaN."""
+    """p @ v, its derivatives in v summed over visible pairs only: a NaN in do would reach hidden keys as 0 * NaN, and
+    one in v's tangent the rows that it is hidden from."""
 
     @staticmethod
     def forward(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -148,8 +149,8 @@ class FiniteProduct(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dp: Tensor, dv: Tensor, _: None) -> Any:
-        p, v, _ = ctx.saved_tensors
-        return dp @ v + p @ dv
+        p, v, visible = ctx.saved_tensors
+        return dp @ v + contract_keys(p, dv, visible)
 
 
 @overload
