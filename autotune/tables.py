@@ -182,18 +182,19 @@ def narrowed(choice: Choice, kernel: str) -> Choice:
 
 # Bytes of an element up to which warpgroups multiply tiles of 64 rows and more that stay out of registers.
 ASYNCHRONOUS = {"cuda:90": 4, "cuda:100": 2, "cuda:103": 2}
-OPERAND = 8 * KiB  # of a tile of q, and again of its tangent, that other matrix instructions can hold in registers
+# What eight warps whose matrix instructions read registers hold there without spilling: bytes of a tile of q and as
+# many of its tangent's, and scores of a tile, of which there are four.
+OPERAND, SCORES = 8 * KiB, 1024
 
 
 def for_tangents(choice: Choice, target: str, dtype: str, head_dim: int) -> Choice:
     """The Choice for the kernel of forward mode, from that for dq, which it is most like: its tiles, cut, in one stage.
 
-    It owns tiles of q, of its tangent and of o's, and walks four where dq walks two. Compiled for sm_80 to sm_100 in
-    half precision, warps that hold q and its tangent in registers spill nothing up to 8 KiB of each (64 rows at
-    head_dim 64, 32 at 128, 16 at 256), and 50 B to 22 kB a thread beyond. Where warpgroups read them from elsewhere,
-    128 rows of up to 256 B spill nothing, 64 rows of 512 B up to 1.6 kB. On sm_100 float32 tiles of 64 rows of 512 B
-    ask for more tensor memory than there is, and compile to nothing at all. A head_dim that is no multiple of 16 counts
-    twice: each lane has an address of its own.
+    It owns tiles of q, of its tangent and of o's, and walks four where dq walks two. Compiled in half precision,
+    OPERAND and SCORES (64 rows at head_dim 64, 32 at 128, 16 at 256) spill nothing up to head_dim 256, twice as much
+    4 B to 4 kB a thread. Where warpgroups keep q elsewhere, 128 rows of up to 256 B spill nothing either, but 64 of
+    512 B do up to 1.6 kB. On sm_100 float32 tiles of 64 rows compile to nothing at all from 512 B on. A head_dim that
+    is no multiple of 16 counts twice, as each lane has an address of its own.
 
     Args:
         choice: for dq.
@@ -206,13 +207,15 @@ def for_tangents(choice: Choice, target: str, dtype: str, head_dim: int) -> Choi
     """
     config, itemsize = choice.config, ITEMSIZE[dtype]
     row = next(d for d in HEAD_DIMS if d >= head_dim) * itemsize * (2 if head_dim % 16 else 1)
+    block_m, num_warps = config.block_m, config.num_warps
     block_n = min(config.block_n, 32 if itemsize == 2 and head_dim % 16 == 0 else 16)
-    cut = config._replace(block_n=block_n, num_stages=1)
     if target.startswith("cuda:"):
-        cut = cut._replace(num_warps=8)
-        if itemsize > ASYNCHRONOUS.get(target, 0) or row > 256 or config.block_m < 64:
+        num_warps = 8
+        if itemsize > ASYNCHRONOUS.get(target, 0) or row > 256 or block_m < 64:
             held = 2 * row if dtype == "float32" else row  # tf32x3 keeps each float32 operand as two of half its bits
-            cut = cut._replace(block_m=min(config.block_m, max(16, OPERAND // held)))
+            block_m = min(block_m, max(16, OPERAND // held))
+            block_n = min(block_n, max(16, SCORES // block_m))
+    cut = config._replace(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=1)
     return Choice(cut, f"made of dq's: {choice.reason}")
 
 

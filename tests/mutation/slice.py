@@ -203,6 +203,7 @@ WIDE = {"forward": Config(16, 32, 4, 1), "dkdv": Config(32, 16, 4, 1), "dq": Con
 TINY = {"forward": Config(16, 16, 4, 1), "dkdv": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1)}
 AHEAD = {**TINY, "forward": Config(16, 16, 4, 1, ahead=True)}
 FARTHEST = 2**30 - 2**9
+HEAVY = {"bias": torch.full((1, 1, 1, 1), 5793.0), "sinks": torch.tensor([5797.0])}
 ALIGNED = [(14, 28), (15, 29), (16, 30), (17, 31), (28, 14), (29, 15), (30, 16), (31, 17)]  # with the edges of tiles
 
 CASES = [
@@ -343,6 +344,8 @@ CASES = [
     Case("causal", TWO, BFLOAT16, tangents="all"),
     Case("causal", LONG, FLOAT16, tangents="all"),
     Case("causal", LONG, FLOAT32, tangents="all", config=WIDE),
+    Case("causal", LONG, FLOAT32, tangents="all", sigma=16.0),
+    Case(sizes=ONE._replace(seqlen_k=1), dtype=FLOAT32, tangents="all", sigma=16.0),
     Case("causal", ONE._replace(seqlen_q=51, seqlen_k=37), tangents="all", config=WIDE),
     Case("causal", tangents="all", options={"q_offset": -20}, planted="hidden"),
     Case("causal", tangents="all", planted="seen"),
@@ -355,6 +358,7 @@ CASES = [
     Case("alibi_slopes causal window", TWO, tangents="all"),
     Case("softcap", sigma=4.0, tangents="all", options={"scale": -0.3}),
     Case("sinks", tangents="all"),
+    Case("sinks", LONG, FLOAT32, tangents="sinks", options=HEAVY, planted="whole"),
     Case("sinks causal", TWO, BFLOAT16, tangents="all"),
     Case("sinks causal", tangents="all", options={"q_offset": -20}),
     Case("dropout_p", tangents="all"),
