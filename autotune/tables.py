@@ -191,10 +191,10 @@ def for_tangents(choice: Choice, target: str, dtype: str, head_dim: int) -> Choi
     """The Choice for the kernel of forward mode, from that for dq, which it is most like: its tiles, cut, in one stage.
 
     It owns tiles of q, of its tangent and of o's, and walks four where dq walks two. Compiled in half precision,
-    OPERAND and SCORES (64 rows at head_dim 64, 32 at 128, 16 at 256) spill nothing up to head_dim 256, twice as much
-    4 B to 4 kB a thread. Where warpgroups keep q elsewhere, 128 rows of up to 256 B spill nothing either, but 64 of
-    512 B do up to 1.6 kB. On sm_100 float32 tiles of 64 rows compile to nothing at all from 512 B on. A head_dim that
-    is no multiple of 16 counts twice, as each lane has an address of its own.
+    OPERAND and SCORES (64 rows at head_dim 64, 32 at 128, 16 at 256) spill nothing up to head_dim 256, twice as much up
+    to 144 B a thread, four times as much 4 kB. Where warpgroups keep q elsewhere, 128 rows of up to 256 B spill nothing
+    either, but 64 of 512 B do up to 1.6 kB. On sm_100 float32 tiles of 64 rows of 512 B, or of 128 rows, compile to
+    nothing at all. A head_dim that is no multiple of 16 counts twice, as each lane has an address of its own.
 
     Args:
         choice: for dq.
