@@ -13,11 +13,15 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from bench import record as records
 
 CALLS = 1000
 ROUNDS = 7
@@ -104,49 +108,50 @@ def rows(device: torch.device) -> dict[str, float]:
     found["      arguments and launch"] = microseconds(
         lambda: planned_forward(q, k, v, p.mods, p.spec, p.scale, p.positions, config)
     )
-    found |= paths(q, k, v)
     few = (1, 1, 1, 1) if device.type == "cpu" else SIZES
     x = torch.zeros(few, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
     found["scaled_dot_product_attention"] = microseconds(lambda: scaled_dot_product_attention(x, x, x))
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
-        found["  its call with gradients"] = microseconds(lambda: scaled_dot_product_attention(leaf, leaf, leaf))
-        found["  and the backward pass"] = microseconds(
-            lambda: torch.autograd.grad(scaled_dot_product_attention(leaf, leaf, leaf), leaf, x)
-        )
+    found |= {
+        f"flash: {name}": value for name, value in paths(lambda q: flash_attention(q, k, v, causal=True), q).items()
+    }
+    found |= {
+        f"SDPA: {name}": value for name, value in paths(lambda x: scaled_dot_product_attention(x, x, x), x).items()
+    }
     return found
 
 
-def paths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
-    """What a call costs by the ways through torch other than the shortest, launches included."""
-    from flash.attention import flash_attention
-
-    def attend(q: torch.Tensor) -> torch.Tensor:
-        return flash_attention(q, k, v, causal=True)  # type: ignore[return-value]
-
-    leaf, do = q.detach().requires_grad_(), torch.zeros_like(q)
-    size, batch = 2, torch.stack([q, q])
-    with torch.enable_grad():
-        found = {
-            "with gradients": microseconds(lambda: attend(leaf)),
-            "  forward and backward": microseconds(lambda: torch.autograd.grad(attend(leaf), leaf, do)),
-        }
-    _, back = torch.func.vjp(attend, q)
-    found["torch.func.vjp, forward"] = microseconds(lambda: torch.func.vjp(attend, q))
-    found["  its backward pass"] = microseconds(lambda: back(do))
-    found["torch.func.jvp"] = microseconds(lambda: torch.func.jvp(attend, (q,), (do,)))
-    found[f"torch.vmap over {size}"] = microseconds(lambda: torch.vmap(attend)(batch))
+def paths(attend: Callable[[torch.Tensor], Any], q: torch.Tensor) -> dict[str, float]:
+    """What a call costs by the ways through torch other than the shortest; without those that it does not go."""
+    leaf, do, batch = q.detach().requires_grad_(), torch.zeros_like(q), torch.stack([q, q])
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    found["torch.compile"] = microseconds(lambda: compiled(q))
+
+    def both() -> Any:
+        return torch.autograd.grad(attend(leaf), leaf, do)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "with gradients": lambda: attend(leaf),
+        "forward and backward": both,
+        "torch.func.vjp": lambda: torch.func.vjp(attend, q),
+        "torch.func.vjp and its backward": lambda: torch.func.vjp(attend, q)[1](do),
+        "torch.func.jvp": lambda: torch.func.jvp(attend, (q,), (do,)),
+        "torch.vmap over 2": lambda: torch.vmap(attend)(batch),
+        "torch.compile": lambda: compiled(q),
+    }
+    found = {}
+    for name, way in ways.items():
+        with torch.set_grad_enabled(way is both or name == "with gradients"), suppress(NotImplementedError):
+            found[name] = microseconds(way)
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the numbers alone")
+    parser.add_argument("--out", type=Path, help="folder of overhead.json and .md (default: none are written)")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = records.machine(device, 1)
     if device.type == "cpu":
         pretend()
     torch.set_num_threads(1)
@@ -155,11 +160,23 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    base = found["scaled_dot_product_attention"]
-    print(f"{'path':32} {'microseconds':>12} {'x SDPA':>8}   on {device}, torch {torch.__version__}")
-    for name, value in found.items():
-        print(f"{name:32} {value:12.1f} {value / base:8.1f}")
+    text = table(found)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine, "settings": {"calls": CALLS, "rounds": ROUNDS}, "microseconds": found}
+        (options.out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
+        about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
+        note = (__doc__ or "").split("\n\n")[-1].strip()
+        (options.out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
+    print(text)
     return 0
+
+
+def table(found: dict[str, float]) -> str:
+    """Microseconds of each path, and as multiples of scaled_dot_product_attention's own call."""
+    base = found["scaled_dot_product_attention"]
+    lines = [f"{'path':40} {'microseconds':>12} {'x SDPA':>8}"]
+    return "\n".join(lines + [f"{name:40} {value:12.1f} {value / base:8.1f}" for name, value in found.items()])
 
 
 if __name__ == "__main__":

@@ -278,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.suite == "overhead":
         from bench import overhead
 
-        return overhead.main([])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return overhead.main(["--out", str(args.out or RESULTS / records.slug(records.machine(device, 1)))])
     settings = settings_of(args)
     try:
         import matplotlib  # noqa: F401

@@ -130,9 +130,6 @@ MENTIONS = [
 ]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the README does not say yet what torch.func and forward mode get, and what raises"
-)
 def test_the_readme_says_which() -> None:
     text = (ROOT / "README.md").read_text()
     assert [what for what, pattern in MENTIONS if not re.search(pattern, text)] == []

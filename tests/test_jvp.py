@@ -16,27 +16,13 @@ from tests.bounds import Inputs
 from tests.calls import Place
 
 BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
-Function = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-def of_operands(attention: Function, x: Inputs) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    """A call as a function of its differentiable operands alone, lse of rows without keys as 0, and the operands."""
-    named = features.differentiable(x)
-
-    def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        given = dict(zip(named, tensors, strict=True))
-        q, k, v = (given.pop(name) for name in "qkv")
-        o, lse = attention(q, k, v, **x.options | given)
-        return o, lse.where(lse.isfinite(), 0.0)
-
-    return function, list(named.values())
 
 
 def oracle(x: Inputs) -> tuple[Callable[..., Any], list[torch.Tensor]]:
     def attention(*args: Any, **options: Any) -> Any:
         return reference.attention(*args, return_lse=True, **options)
 
-    return of_operands(bounds.dense_or_packed(attention), bounds.widened(features.known(x)))
+    return features.of_operands(bounds.dense_or_packed(attention), bounds.widened(features.known(x)))
 
 
 def directions(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -86,7 +72,7 @@ def test_each_operand_has_a_tangent_of_its_own(place: Place, backend: str, opera
     x = features.call_of(place, ["bias", "alibi_slopes", "sinks", "causal"])
     at = list(features.differentiable(x)).index(operand)
     results = []
-    for function, tensors in (of_operands(features.attention(backend), x), oracle(x)):
+    for function, tensors in (features.of_operands(features.attention(backend), x), oracle(x)):
         alone = lambda t, function=function, tensors=tensors: function(*tensors[:at], t, *tensors[at + 1 :])  # noqa: E731
         torch.manual_seed(3)
         results.append(torch.func.jvp(alone, (tensors[at],), (torch.randn_like(tensors[at]),))[1])
@@ -99,7 +85,7 @@ def test_each_operand_has_a_tangent_of_its_own(place: Place, backend: str, opera
 @pytest.mark.parametrize("name", features.NAMES)
 def test_tangents_and_gradients_are_each_other_s_transpose(place: Place, backend: str, name: str) -> None:
     x = features.call_of(place, [name])
-    function, tensors = of_operands(features.attention(backend), x)
+    function, tensors = features.of_operands(features.attention(backend), x)
     along = directions(tensors)
     outputs, moved = torch.func.jvp(function, tuple(tensors), along)
     back = directions(list(outputs))
