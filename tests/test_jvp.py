@@ -52,7 +52,7 @@ def launched(x: Inputs, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @BOTH
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["plain", *features.NAMES])
 def test_tangents_of_every_feature_are_the_oracle_s(place: Place, backend: str, name: str) -> None:
     compare(features.call_of(place, [] if name == "plain" else [name]), backend)
@@ -120,7 +120,7 @@ def test_tangents_at_every_length(place: Place, backend: str, seqlen_q: int, seq
 
 
 @BOTH
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("hiding", ["causal", "window", "mask", "block_mask", "packed"])
 def test_nan_reaches_the_tangents_of_rows_that_see_it_and_no_others(place: Place, backend: str, hiding: str) -> None:
     names = {"packed", "causal"} if hiding == "packed" else {hiding}
