@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flash.kernels.spec import Blocks, Mods, Positions, Spans, Spec
 
-TILE_BYTES = 2 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
+TILE_BYTES = 8 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 NARROW_ROWS = 128  # of a tile where rows far apart see other keys: more rows share a load, fewer visit less in vain
 FARTHEST = 2**40  # no offset is larger, so that positions fit int64
 
