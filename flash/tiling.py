@@ -15,6 +15,7 @@ from flash.kernels.spec import Blocks, Mods, Positions, Spans, Spec
 
 TILE_BYTES = 8 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 NARROW_ROWS = 128  # of a tile where rows far apart see other keys: more rows share a load, fewer visit less in vain
+NARROW_BYTES = 2 * 2**20  # of a temporary there: wider ones would take more heads at a time, not more rows
 FARTHEST = 2**40  # no offset is larger, so that positions fit int64
 
 
@@ -79,14 +80,13 @@ def tiles(call: Call, fits: int, together: int | None = None) -> Iterator[Tile]:
         fits: how many pairs of a row and a key a tile may have.
         together: key heads in a tile, whose pairs count once; None: as many as fit, each with pairs of its own.
     """
-    q, k, spec = call.q, call.k, call.spec
+    q, k = call.q, call.k
     batch, heads, seqlen_q, _ = q.shape
     heads_k, seqlen_k = k.shape[1:3]
     if 0 in (batch, heads, seqlen_q, seqlen_k):
         return
     group = heads // heads_k
-    narrow = spec.left or spec.blocks is not None or call.mods.spans is not None
-    block_m = min(seqlen_q, NARROW_ROWS if narrow else max(1, fits // seqlen_k))
+    block_m = min(seqlen_q, NARROW_ROWS if is_narrow(call) else max(1, fits // seqlen_k))
     for b, offset in enumerate(offsets_of(call)):
         start = 0
         while start < seqlen_q:
@@ -105,6 +105,11 @@ def tiles(call: Call, fits: int, together: int | None = None) -> Iterator[Tile]:
             for h in range(0, heads_k, step):
                 last = min(h + step, heads_k)
                 yield tile._replace(heads_k=slice(h, last), heads=slice(h * group, last * group))
+
+
+def is_narrow(call: Call) -> bool:
+    """Whether rows far apart may see other keys."""
+    return call.spec.left or call.spec.blocks is not None or call.mods.spans is not None
 
 
 def offsets_of(call: Call) -> list[int]:
@@ -256,9 +261,10 @@ def add_operand(x: Tensor, tile: Tile, value: Tensor) -> None:
 
 
 def pairs_of_a_tile(call: Call) -> int:
-    """Rows times keys of a key head that `TILE_BYTES` holds the scores of."""
+    """Rows times keys of a key head that a tile holds the scores of."""
     group = call.q.shape[1] // max(1, call.k.shape[1])
-    return max(1, TILE_BYTES // (accumulator_dtype(call.q).itemsize * max(1, group)))
+    size = NARROW_BYTES if is_narrow(call) else TILE_BYTES
+    return max(1, size // (accumulator_dtype(call.q).itemsize * max(1, group)))
 
 
 def accumulator_of(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
