@@ -303,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume and path.exists():
         earlier = records.load(path)
         record.cases, record.checked, record.speed = earlier.cases, earlier.checked, earlier.speed
-        record.rows = {key: row for key, row in earlier.rows.items() if row.peer not in args.again}
+        anew = {(case.name, peer) for case in wanted for peer in args.again}
+        record.rows = {key: row for key, row in earlier.rows.items() if key[:2] not in anew}
     weighed = weighed_cases(args, settings, wanted)
     weighed_peers = [peer.name for peer in peers if peer.name in (STANDARD, OURS, SDPA)]
 

@@ -200,7 +200,7 @@ def test_the_cost_of_features_is_measured(name: str) -> None:
 
 
 def test_features_on_a_cpu_are_no_slower_than_standard_attention() -> None:
-    """At the length that the run has; dropout apart, whose random numbers are drawn one by one."""
+    """At length 4096; dropout apart, whose random numbers are drawn one by one."""
     path = next(iter(ROOT.glob("bench/results/cpu*/features.json")))
     rows = json.loads(path.read_text())["rows"]
     found = {(r["case"], r["what"], r["peer"]): r["latency"]["median"] for r in rows if r["latency"]}
