@@ -204,9 +204,6 @@ def test_each_private_name_of_torch_has_a_smoke_test() -> None:
     assert sorted(name for name in used if name not in smoke) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bench has no overhead suite with scaled_dot_product_attention for each path yet"
-)
 def test_overheads_of_each_path_are_a_suite_of_bench() -> None:
     assert "--suite overhead" in str(bench_run.__doc__)
     assert list(ROOT.glob("bench/results/*/overhead.json"))
