@@ -41,13 +41,10 @@ def microseconds(call: Callable[[], Any]) -> float:
     return 1e6 * best / CALLS
 
 
-def pretend() -> None:
-    """Make CPU tensors pass for those of an sm_90 GPU: kernels are compiled for it, and none is run."""
+def stand_in() -> Any:
+    """A driver for an sm_90 GPU that is not there: kernels are compiled, and launches do nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
-    from triton.runtime import driver
-
-    from flash import dispatch, plans
 
     class StandIn(DriverBase):
         def __init__(self) -> None:
@@ -65,7 +62,16 @@ def pretend() -> None:
         get_current_stream = lambda self, device: 0  # noqa: E731
         get_benchmarker = lambda self: None  # noqa: E731
 
-    driver.set_active(StandIn())
+    return StandIn()
+
+
+def pretend() -> None:
+    """Make CPU tensors pass for those of an sm_90 GPU: kernels are compiled for it, and none is run."""
+    from triton.runtime import driver
+
+    from flash import dispatch, plans
+
+    driver.set_active(stand_in())
     plans.SERVED = lambda x: x.is_cpu
     dispatch.choose = lambda *_: "triton"
     dispatch.target_of = lambda device: "cuda:90"  # type: ignore[assignment]

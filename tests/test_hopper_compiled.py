@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from bench.overhead import stand_in
 from flash.autotune import gluon, resources
 from flash.autotune.space import Variant
 from flash.autotune.tables import triton_version
@@ -19,7 +20,6 @@ from flash.kernels import hopper_backward, hopper_forward
 from flash.kernels.spec import Config, Gradients
 from tests import test_hopper_backward, test_hopper_forward
 from tests.bounds import Outputs
-from tests.drivers import stand_in
 
 pytestmark = pytest.mark.aot
 
