@@ -184,7 +184,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["padding", "bias", "alibi_slopes", "window", "mask_mod"])
 def test_nothing_is_expanded_to_the_square_of_the_length(place: Place, backend: str, name: str) -> None:
-    batch, heads, n = (2, 8, 1024) if backend == "torch" else (4, 4, 128)
+    batch, heads, n = (2, 8, 2048) if backend == "torch" else (4, 4, 128)
     sizes = Sizes(batch, heads, heads, n, n, 1, 1)
     x = features.call_of(place, [name] if name != "bias" else [], sizes, torch.float32)
     if name == "bias":
