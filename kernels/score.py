@@ -6,7 +6,7 @@
     s_ij = score_mod(z_ij)       where key j is visible to query i
     s_ij = -inf                  elsewhere
 
-Each line stands only where its operand is given. A derivative goes up the same lines.
+Each line stands only where its operand is given. Gradients go up the same lines, tangents down.
 
 Scores are kept in one of two units. Raw ones are q.k itself: the scale joins log2(e) in the exponent and costs nothing.
 That needs a positive scale and a score that nothing else changes; otherwise scores are in natural units.
@@ -44,18 +44,12 @@ def score(qk, at, mods, sizes, scale, spec: tl.constexpr):
 @triton.jit
 def gradient(ds, qk, at, mods, sizes, scale, spec: tl.constexpr):
     """From the gradient of s those of z and of x; where pairs are hidden, they are not yet 0."""
-    dz, dx = ds, ds
-    if not spec.raw:
-        x = qk * tl.cast(scale, qk.dtype)
-        if mods.score_fn is not None:
-            i, j = clamped(at, sizes)
-            z = added(capped(x, spec), at, mods, sizes, spec)
-            dz = ds * mods.score_derivative(z, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
-            dx = dz
-        if spec.softcap is not None:
-            ratio = tanh(x * (1 / spec.softcap))
-            dx = dz * (1.0 - ratio * ratio)
-    return dz, dx
+    if spec.raw:
+        return ds, ds
+    else:
+        ds_dz, dz_dx = slopes(qk, at, mods, sizes, scale, spec)
+        dz = ds * ds_dz
+        return dz, dz * dz_dx
 
 
 @triton.jit
@@ -63,20 +57,30 @@ def tangent(tqk, qk, at, mods, sizes, scale, spec: tl.constexpr):
     """The tangent of s, natural, from those of q.k, bias and slopes; where pairs are hidden, not yet 0."""
     t = tqk * tl.cast(scale, tqk.dtype)
     if not spec.raw:
-        x = qk * tl.cast(scale, qk.dtype)
-        if spec.softcap is not None:
-            ratio = tanh(x * (1 / spec.softcap))
-            t *= 1.0 - ratio * ratio
+        ds_dz, dz_dx = slopes(qk, at, mods, sizes, scale, spec)
+        t *= dz_dx
         if mods.bias_tangent is not None:
             t += element(mods.bias_tangent, at, sizes, spec.bias_rows, spec.bias_cols).to(t.dtype)
         if mods.slopes_tangent is not None:
             slope = tl.load(tile.origin(mods.slopes_tangent, at.b, at.h)).to(t.dtype)
             t -= slope * distance(at).to(t.dtype)
-        if mods.score_fn is not None:
-            i, j = clamped(at, sizes)
-            z = added(capped(x, spec), at, mods, sizes, spec)
-            t *= mods.score_derivative(z, at.b, at.h, i, j, mods.score_args).to(t.dtype)
+        t *= ds_dz
     return t
+
+
+@triton.jit
+def slopes(qk, at, mods, sizes, scale, spec: tl.constexpr):
+    """ds/dz and dz/dx, of the lines of the score that are not linear; 1.0 where there is none."""
+    ds_dz, dz_dx = 1.0, 1.0
+    x = qk * tl.cast(scale, qk.dtype)
+    if mods.score_fn is not None:
+        i, j = clamped(at, sizes)
+        z = added(capped(x, spec), at, mods, sizes, spec)
+        ds_dz = mods.score_derivative(z, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
+    if spec.softcap is not None:
+        ratio = tanh(x * (1 / spec.softcap))
+        dz_dx = 1.0 - ratio * ratio
+    return ds_dz, dz_dx
 
 
 @triton.jit
