@@ -34,7 +34,7 @@ OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
 COMPAT = 3.6.0 3.9.0
 HOPPER_COMPAT = 3.6.0 # what the Gluon kernels are compiled with besides the pinned Triton
 
-.PHONY: help setup test test-slow test-all test-gpu sanitize compat mutants coverage lint bench sweep build clean
+.PHONY: help setup test test-slow test-integrations test-all test-gpu sanitize compat mutants coverage lint bench sweep build clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,14 +42,17 @@ help: ## this list
 setup: $(READY) ## the virtual environment alone
 
 test: $(READY) ## the tests: kernels interpreted, then kernels compiled (within 10 minutes on two cores)
-	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "not aot and not gpu and not slow"
+	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "not aot and not gpu and not slow and not integrations"
 	$(PY) $(PYTEST) -m "aot and not slow"
 
 test-slow: $(READY) ## what `make test` leaves out
 	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "slow and not aot and not gpu"
 	$(PY) $(PYTEST) -m "slow and aot"
 
-test-all: test test-slow ## both
+test-integrations: .venv-integrations/.ready ## other people's models: installs transformers, neuralforecast, ... (0.9 GB) beside
+	.venv-integrations/bin/python $(PYTEST) -m integrations
+
+test-all: test test-slow test-integrations ## all three
 
 test-gpu: $(READY) ## the same tests on the GPU of this machine
 	$(PY) -m pytest -q -m gpu
@@ -93,7 +96,7 @@ build: $(READY) ## an sdist, and a wheel made from it, in dist/
 	@ls dist
 
 clean: ## remove the virtual environments, builds and caches
-	rm -rf .venv .venv-triton-* build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-integrations .venv-triton-* build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: see constraints.txt.
@@ -103,6 +106,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) $(PIP) $(TORCH)
 	@$(PY) $(PIP) -c constraints.txt -e ".[bench,dev,test]"
+	@touch $@
+
+.venv-integrations/.ready: pyproject.toml constraints.txt constraints-integrations.txt
+	@echo "installing into .venv-integrations (once)"
+	@$(PYTHON) -m venv .venv-integrations
+	@.venv-integrations/bin/python $(PIP) $(TORCH)
+	@.venv-integrations/bin/python $(PIP) -c constraints.txt -c constraints-integrations.txt -e ".[bench,integrations,test]"
 	@touch $@
 
 # flash-triton itself is not installed here: torch's own pin of Triton would forbid the other one.

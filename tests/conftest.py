@@ -73,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             reason = "needs a GPU and `-m gpu`"
         elif "interpret" in marks and not (on_gpu or _interpreted()):
             reason = "needs Triton and TRITON_INTERPRET=1 from the start of the process"
+        elif "integrations" in marks and importlib.util.find_spec("neuralforecast") is None:
+            reason = "needs the packages of `make test-integrations`"
         elif "aot" in marks and _interpreted():
             reason = "compiles kernels: `pytest -m aot`, without TRITON_INTERPRET"
         if reason is not None:

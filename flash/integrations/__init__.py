@@ -1,0 +1,10 @@
+"""Other front doors, each a thin translation to `flash.attention.flash_attention`; import the one that you need.
+
+sdpa              torch's F.scaled_dot_product_attention: by name, in a scope, or through torch's own registry
+flash_attn        the functions of the flash-attn package
+transformers      attention of Hugging Face models
+neuralforecast    attention of neuralforecast's time-series models
+onnx              export to ONNX's Attention nodes
+
+A package that is named here is imported by the functions that need it, never with this one.
+"""
