@@ -1,4 +1,4 @@
-"""What "into people's models with one line" promises, one test a promise; tests of their own hold each in full and are named here.
+"""What "into people's models with one line" promises, one test a promise; tests that hold it in full are named here.
 
 Those that need packages beside torch are marked `integrations` where they stand; here only their being there is asked.
 """
@@ -161,7 +161,6 @@ def test_every_example_is_there_and_runs_small(name: str) -> None:
     hold("test_examples", f"test_{name}_runs")
 
 
-@missing("make test-integrations")
 def test_extras_have_a_command_of_their_own() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "test-integrations" in makefile and "test-all: test test-slow test-integrations" in makefile
