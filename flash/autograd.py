@@ -61,7 +61,24 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and functorch.active():  # batched gradients, transforms of a backward
+            return gradients_of(functorch.Backward, ctx, do, dlse, functorch.Sealed)
         return gradients_of(AttentionBackward, ctx, do, dlse)
+
+
+class Exported(torch.autograd.Function):
+    """o and lse where torch.export traces: the op alone is written down; to differentiate it meanwhile raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, call, *operands = inputs
+        return torch.ops.flash.forward(q, k, v, operands, *call)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> None:
+        raise NotImplementedError(
+            "torch.export keeps no gradient of flash_attention: take it outside the exported module"
+        )
 
 
 def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,23 +89,27 @@ def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         problem = replace(problem, mods=mods._replace(seed=seed))
     inputs = [q, k, v, *(x for x in (getattr(mods, name) for name in DIFFERENTIABLE) if x is not None)]
     operands, *call = call_of(problem)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # a compiler may drop a tangent before our op could see it
+            q = torch.ops.flash.lost(q)
+    else:
         # torch does it for a tensor argument, but not for one in a list
         operands = [None if x is None else x.resolve_neg() for x in operands]
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            if functorch.watched([q, k, v, *(x for x in operands if x is not None)]):
-                return functorch.attend(q, k, v, tuple(call), *operands)
+        if functorch.active() and functorch.watched([q, k, v, *(x for x in operands if x is not None)]):
+            return functorch.attend(q, k, v, tuple(call), *operands)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    # strict export would keep a Function's forward without its backward, in silence; a raw op raises when it is run
-    if differentiable and not torch.compiler.is_exporting():
+    if not differentiable or torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+        # strict export would keep a Function's forward without its backward, in silence; a raw op raises when it is run
+        o, lse = torch.ops.flash.forward(q, k, v, operands, *call)
+    elif torch.compiler.is_exporting():
+        o, lse = Exported.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]
+    else:
         if torch.compiler.is_compiling():
             q, k, v, *operands = distinct([q, k, v, *operands])
         elif problem.backend == "hopper":  # which may refuse the backward alone: now, and not after the forward
             needs = (x is not None and x.requires_grad for x in (q, k, v, *(getattr(mods, n) for n in DIFFERENTIABLE)))
             dispatch.chosen(problem, "backward", Gradients(*needs))
         o, lse = Attention.apply(q, k, v, tuple(call), *operands)  # type: ignore[no-untyped-call]
-    else:
-        o, lse = torch.ops.flash.forward(q, k, v, operands, *call)
     return o, lse
 
 

@@ -23,6 +23,10 @@ TWICE = (
     "flash_attention is differentiable once, backward or forward: detach what the first derivative gives, or use "
     "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
 )
+FIXED = (
+    "no gradient and no tangent reaches the tensors of score_mod, mask_mod and block_mask: detach them, or pass what "
+    "is learned as bias, which has both"
+)
 OF_FORWARD = ("q", "k", "v")
 OF_BACKWARD = ("do", "dlse", *OF_FORWARD, "o", "lse")
 OF_JVP = ("tangent of q", "tangent of k", "tangent of v", *DIFFERENTIABLE, *OF_FORWARD, "o", "lse")
@@ -60,6 +64,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         q, k, v, o, lse, *operands = ctx.saved_tensors
+        refuse_fixed([x is not None for x in tangents])
         others = (tangents[4 + PLAIN.index(name)] for name in DIFFERENTIABLE)
         return Tangents.apply(*tangents[:3], *others, q, k, v, o, lse, Sealed(ctx.call), *operands)  # type: ignore[no-untyped-call]
 
@@ -114,6 +119,7 @@ def gradients_of(
     """The gradients of an Attention's inputs, by the Function that finds them."""
     q, k, v, o, lse, *operands = ctx.saved_tensors
     asked = ctx.needs_input_grad
+    refuse_fixed(asked)
     needs = [*asked[:3], *(asked[4 + PLAIN.index(name)] for name in DIFFERENTIABLE)]
     if do is None:
         do = o.new_zeros(()).expand_as(o)
@@ -121,6 +127,12 @@ def gradients_of(
     gradients = Gradients(*(next(found) if need else None for need in needs))
     of_operands = (getattr(gradients, name) if name in DIFFERENTIABLE else None for name in PLAIN)
     return *gradients[:3], None, *of_operands, *(None for _ in operands[len(PLAIN) :])
+
+
+def refuse_fixed(asked: Sequence[bool]) -> None:
+    """Raise where a derivative is asked for by an input that has none: of (q, k, v, call, *operands), which are."""
+    if any(asked[4 + len(PLAIN) :]):
+        raise NotImplementedError(FIXED)
 
 
 @_disable_dynamo  # else, where a transform is around a compiled function, it traces the Functions and fails
@@ -131,11 +143,18 @@ def attend(
     return Attention.apply(q, k, v, Sealed(call), *operands)  # type: ignore[no-untyped-call,no-any-return]
 
 
+def active() -> bool:
+    """Whether a transform of torch.func or a level of forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def watched(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a transform of torch.func sees a call's tensors, or one of them carries a tangent."""
     if torch._C._are_functorch_transforms_active():
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
             return True
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return True  # torch takes no other kind of Function under a transform
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
@@ -158,8 +177,13 @@ def mapped(
         inputs: of the function.
     """
     axes = [axis if isinstance(x, torch.Tensor) else None for x, axis in zip(inputs, axes, strict=True)]
-    joined = join(names, size, axes, inputs)
-    if joined is not None:
+    if size == 0:  # the shapes are those of one call
+        one = (
+            x if axis is None else x.new_zeros(x.movedim(axis, 0).shape[1:])
+            for x, axis in zip(inputs, axes, strict=True)
+        )
+        outputs = tuple(x.new_empty(0, *x.shape) for x in function(*one))
+    elif (joined := join(names, size, axes, inputs)) is not None:
         outputs = tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in function(*joined))
     else:
         each = (

@@ -33,12 +33,18 @@ library.define(
     "jvp(Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tslopes, Tensor? tsinks, "
     f"Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {CALL}) -> (Tensor to, Tensor tlse)"
 )
+library.define("lost(Tensor q) -> Tensor")
 
 PLAIN = Mods._fields[: Mods._fields.index("blocks")]  # operands that are one tensor each
 GROUPS: dict[str, Any] = {"blocks": Blocks, "spans": Spans}  # NamedTuples of tensors
 MODS = ("score_mod", "mask_mod")
 ABSENT = (0,) * len(Config._fields)  # stands for a Config that the user leaves to the tables
 DIFFERENTIABLE = ("bias", "alibi_slopes", "sinks")
+LOST = (
+    "{} has no derivative, and the one asked for would be lost: call flash.attention.flash_attention, outside "
+    "torch.compile where it is by a torch.func transform or in forward mode; an exported program runs under "
+    "torch.no_grad()"
+)
 TEXT = 2  # where a call has its Spec
 
 
@@ -153,17 +159,21 @@ def would_lose(x: torch.Tensor) -> bool:
     return watching and forward_ad.unpack_dual(x).tangent is not None
 
 
+def batched(*args: Any) -> Any:
+    """An op's kernel under torch's older vmap, which autograd still has inside."""
+    raise NotImplementedError(
+        "flash_attention does not serve is_grads_batched, nor what is made with it (vectorize=True of "
+        "torch.autograd.functional, check_batched_grad): use torch.func.jacrev, or torch.func.vmap over autograd.grad"
+    )
+
+
 def guarded(op: Any) -> Callable[..., Any]:
     """The op's kernel at the Autograd key: raises where a derivative would be lost, else goes on below."""
 
     def kernel(*args: Any) -> Any:
         flat = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
         if any(would_lose(x) for x in flat if isinstance(x, torch.Tensor)):
-            raise RuntimeError(
-                f"{op} has no derivative, and the one asked for would be lost: call flash.attention.flash_attention, "
-                "outside torch.compile where it is by a torch.func transform or in forward mode; an exported program "
-                "runs under torch.no_grad()"
-            )
+            raise RuntimeError(LOST.format(op))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -178,7 +188,17 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for name, (impl, fake) in OPS.items():
     library.impl(name, impl, "CompositeExplicitAutograd")
     library.impl(name, guarded(getattr(torch.ops.flash, name)), "Autograd")
+    library.impl(name, batched, "Batched")
     torch.library.register_fake(f"flash::{name}", fake, lib=library)
+
+
+def lost(q: torch.Tensor) -> torch.Tensor:
+    """An op that only raises: an exception of Python's would make the compiler break its graph there, and go on."""
+    raise RuntimeError(LOST.format("flash.forward"))
+
+
+library.impl("lost", lost, "CompositeExplicitAutograd")
+torch.library.register_fake("flash::lost", lost, lib=library)
 
 
 def pairs_of(q: torch.Tensor, k: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> int:

@@ -42,6 +42,7 @@ class Raises(NamedTuple):
 RIGHT = None
 ONCE = Raises(NotImplementedError, "differentiable once")
 LOST = Raises(RuntimeError, "would be lost")  # ops.guarded, in dynamo's wrapping where that traces
+TORCH_BATCHED = Raises(RuntimeError, "compiled backward function within vmap")
 TORCH_ONCE = Raises(RuntimeError, "does not currently support double backward")
 
 MODES = ["eager", "whole", "alone"]  # what torch.compile gets: nothing, a transform and all in it, the attention in it
@@ -50,6 +51,8 @@ CELLS: dict[str, tuple[Raises | None, Raises | None, Raises | None]] = {
     "backward": (RIGHT, RIGHT, RIGHT),
     "checkpoint": (RIGHT, RIGHT, RIGHT),
     "vmap": (RIGHT, RIGHT, RIGHT),
+    "backward of vmap": (RIGHT, LOST, RIGHT),
+    "batched backward": (RIGHT, TORCH_BATCHED, TORCH_BATCHED),
     "grad": (RIGHT, LOST, RIGHT),
     "vmap(grad)": (RIGHT, LOST, RIGHT),
     "jacrev": (RIGHT, LOST, RIGHT),
@@ -62,7 +65,14 @@ CELLS: dict[str, tuple[Raises | None, Raises | None, Raises | None]] = {
     "grad(jvp)": (ONCE, LOST, ONCE),
     "jvp(grad)": (ONCE, LOST, ONCE),
 }
-BY_LEAVES = ("backward", "checkpoint", "backward of o beside jvp", "double backward")  # senseless under no_grad
+BY_LEAVES = (
+    "backward",
+    "checkpoint",
+    "backward of vmap",
+    "batched backward",
+    "backward of o beside jvp",
+    "double backward",
+)  # senseless under no_grad
 
 
 def cells(modes: list[str], slow: Callable[[str, bool], bool] = lambda combination, no_grad: False) -> Any:

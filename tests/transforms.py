@@ -192,11 +192,25 @@ def recomputed(c: Call, whole: Any) -> Tensors:
     return torch.autograd.grad(loss, leaves)
 
 
+def mapped_then_backward(c: Call, whole: Any) -> Tensors:
+    leaves = tuple(x.detach().requires_grad_() for x in c.several)
+    return torch.autograd.grad(whole(vmap(c.curved, randomness="same"))(*leaves).sum(), leaves)
+
+
+def batched_backward(c: Call, whole: Any) -> Tensors:
+    leaves = c.leaves()
+    outputs = whole(c.function)(*leaves)
+    cotangents = (torch.stack(parts) for parts in zip(*c.sums, strict=True))
+    return vmap(lambda *back: torch.autograd.grad(outputs, leaves, back, retain_graph=True))(*cotangents)
+
+
 TRANSFORMS: dict[str, Transform] = {
     "forward": forward,
     "backward": backward,
     "checkpoint": recomputed,
     "vmap": mapped,
+    "backward of vmap": mapped_then_backward,
+    "batched backward": batched_backward,
     "grad": func_grad,
     "vmap(grad)": mapped_grad,
     "jacrev": reverse_jacobian,
@@ -227,6 +241,13 @@ def gradients(c: Call) -> Tensors:
     return torch.autograd.grad(c.curved(*leaves), leaves)
 
 
+def by_cotangents(c: Call) -> Tensors:
+    leaves = c.leaves()
+    outputs = c.function(*leaves)
+    each = [torch.autograd.grad(outputs, leaves, back, retain_graph=True) for back in c.sums]
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+
+
 def beside_tangent(c: Call) -> Tensors:
     leaves = c.leaves()
     moved = moved_by(c)[2]
@@ -242,6 +263,8 @@ WANTED: dict[str, Callable[[Call], Tensors]] = {
     "backward": gradients,
     "checkpoint": gradients,
     "vmap": lambda c: one_by_one(c, lambda one: one.function(*one.operands)),
+    "backward of vmap": lambda c: one_by_one(c, gradients),
+    "batched backward": by_cotangents,
     "grad": gradients,
     "vmap(grad)": lambda c: one_by_one(c, gradients),
     "jacrev": jacobian,
