@@ -77,8 +77,8 @@ def pretend() -> None:
     dispatch.target_of = lambda device: "cuda:90"  # type: ignore[assignment]
 
 
-def rows(device: torch.device) -> dict[str, float]:
-    """{what: microseconds a call}."""
+def rows(device: torch.device) -> dict[str, float | None]:
+    """{what: microseconds a call}, None for what is not served."""
     from torch.nn.functional import scaled_dot_product_attention
 
     from flash import autograd, dispatch, ops, plans
@@ -87,7 +87,7 @@ def rows(device: torch.device) -> dict[str, float]:
     from flash.problem import Problem
 
     q, k, v = (torch.zeros(SIZES, dtype=torch.bfloat16, device=device) for _ in range(3))
-    found = {"torch.empty_like": microseconds(partial(torch.empty_like, q))}
+    found: dict[str, float | None] = {"torch.empty_like": microseconds(partial(torch.empty_like, q))}
     found["flash_attention"] = microseconds(lambda: flash_attention(q, k, v, causal=True))
     plain = (q, k, v, True, None, None, "auto")
     found["  what else is asked"] = microseconds(partial(plans.watched, q, k, v))
@@ -126,8 +126,8 @@ def rows(device: torch.device) -> dict[str, float]:
     return found
 
 
-def paths(attend: Callable[[torch.Tensor], Any], q: torch.Tensor) -> dict[str, float]:
-    """What a call costs by the ways through torch other than the shortest; without those that it does not go."""
+def paths(attend: Callable[[torch.Tensor], Any], q: torch.Tensor) -> dict[str, float | None]:
+    """What a call costs by the ways through torch other than the shortest; None for one that is not served."""
     leaf, do, batch = q.detach().requires_grad_(), torch.zeros_like(q), torch.stack([q, q])
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
 
@@ -143,7 +143,7 @@ def paths(attend: Callable[[torch.Tensor], Any], q: torch.Tensor) -> dict[str, f
         "torch.vmap over 2": lambda: torch.vmap(attend)(batch),
         "torch.compile": lambda: compiled(q),
     }
-    found = {}
+    found: dict[str, float | None] = dict.fromkeys(ways)
     for name, way in ways.items():
         with torch.set_grad_enabled(way is both or name == "with gradients"), suppress(NotImplementedError):
             found[name] = microseconds(way)
@@ -178,11 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def table(found: dict[str, float]) -> str:
+def table(found: dict[str, float | None]) -> str:
     """Microseconds of each path, and as multiples of scaled_dot_product_attention's own call."""
     base = found["scaled_dot_product_attention"]
+    assert base is not None
     lines = [f"{'path':40} {'microseconds':>12} {'x SDPA':>8}"]
-    return "\n".join(lines + [f"{name:40} {value:12.1f} {value / base:8.1f}" for name, value in found.items()])
+    for name, value in found.items():
+        lines.append(
+            f"{name:40} {'not served':>12}" if value is None else f"{name:40} {value:12.1f} {value / base:8.1f}"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
