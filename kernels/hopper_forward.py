@@ -42,7 +42,7 @@ except ImportError as error:
 
 from . import band, score, softmax, tile
 from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
-from .spec import Config, Mods, Positions, Site, Sizes, Spec, dense_like
+from .spec import Config, Mods, Positions, Site, Sizes, Spec, check_limits, dense_like
 
 # Triton 3.8 renamed both copies, and 3.9 has the new names alone.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -395,10 +395,8 @@ def options_of(config: Config) -> dict[str, int]:
     Raises:
         ValueError: the configuration is none of these kernels'.
     """
-    consumers, rest = divmod(config.block_m, ROWS.value)
-    if rest or consumers not in REGISTERS or config.num_warps != 4 * consumers:
-        raise ValueError(f"config must have block_m 128 and num_warps 8, or 192 and 12, got {config}")
-    return {"num_warps": 4, "maxnreg": REGISTERS[consumers]}
+    check_limits("hopper_forward", config)
+    return {"num_warps": 4, "maxnreg": REGISTERS[config.block_m // ROWS.value]}
 
 
 def forward(
