@@ -3,31 +3,20 @@
 A table says where it was made, and has rows (kernel, dtype, head_dim, ragged, causal, seqlen) -> Config. head_dim is a
 bucket, the power of two that holds the call's; ragged calls have a head_dim that is no multiple of 16, so that their
 rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any.
-Every number is held to an allow-list on reading, those of Gluon kernels to what the kernels accept together, so a table
-can make a call slow, or refused where its tiles do not fit the GPU, but never wrong.
+Every number is held to an allow-list on reading, those of a Config to what its kernel accepts (`spec.LIMITS`), so a
+table can make a call slow, or refused where its tiles do not fit the GPU, but never wrong.
 """
 
 import json
 from typing import Any, NamedTuple
 
-from flash.kernels.spec import Config
+from flash.kernels.spec import Config, Configs, check_limits
 
-KERNELS = ("forward", "dkdv", "dq")
+KERNELS = Configs._fields
 HOPPER = ("hopper_forward", "hopper_backward")  # Gluon kernels; their rows are all timed
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of one element
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 SEQLENS: tuple[int, ...] = tuple(2**n for n in range(4, 21))
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "block_m": (16, 32, 64, 128, 256),
-    "block_n": (16, 32, 64, 128, 256),
-    "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
-    "ahead": (False, True),  # absent = False, and so for dkdv and dq
-}
-WARPGROUPS: dict[str, dict[str, tuple[Any, ...]]] = {  # of HOPPER: four warps for each 64 queries of a program, or keys
-    "hopper_forward": {"block_m": (128, 192), "num_warps": (8, 12)},
-    "hopper_backward": {"block_m": (64,), "block_n": (128,), "num_warps": (8,)},
-}
 FORMAT = 1
 
 
@@ -113,8 +102,8 @@ def _row(data: Any) -> Row:
         raise ValueError(f"a row must be an object, got {data!r:.80}")
 
     def one_of(field: str, allowed: tuple[Any, ...]) -> Any:
-        value = data.get(field, False if field == "ahead" else None)
-        if not any(type(value) is type(x) and value == x for x in allowed):  # True == 1, but is no number of warps
+        value = data.get(field)
+        if not any(type(value) is type(x) and value == x for x in allowed):  # 1 == True, but is no answer
             raise ValueError(f"{field} must be one of {allowed}, got {value!r:.80}")
         return value
 
@@ -125,12 +114,8 @@ def _row(data: Any) -> Row:
         return value
 
     kernel = one_of("kernel", KERNELS + HOPPER)
-    limits = ALLOWED | WARPGROUPS.get(kernel, {})
-    config = Config(*(one_of(field, allowed) for field, allowed in limits.items()))
-    if kernel == "hopper_forward" and config.num_warps != config.block_m // 16:
-        raise ValueError(f"num_warps must be a sixteenth of block_m for {kernel}, got {config}")
-    if config.ahead and data.get("kernel") != "forward":
-        raise ValueError(f"ahead must be false but for forward, got {data.get('kernel')!r:.80}")
+    config = Config._make(data.get(field, False if field == "ahead" else None) for field in Config._fields)
+    check_limits(kernel, config)
     return Row(
         kernel,
         one_of("dtype", tuple(ITEMSIZE)),

@@ -229,7 +229,8 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
         **dict.fromkeys(("q", "k", "dq", "dk", "tq", "tk"), wide),
         **dict.fromkeys(("v", "o", "do", "dv", "tv", "to"), wide_v),
         **{name: _Leaf(type) for name, type in described.items()},
-        **{"keys": wide, "values": wide_v, "section": _Leaf("i32"), "SLOTS": _Leaf("constexpr", config.num_stages)},
+        **{"keys": wide, "values": wide_v, "SLOTS": _Leaf("constexpr", config.num_stages)},
+        **dict.fromkeys(("blocks", "section"), _Leaf("i32")),
         **dict.fromkeys(("lse", "delta", "tlse"), rows),
         "sums": _NONE if kernel == "hopper_dkdv" else rows,
         "dbias": _view(acc, True),
@@ -239,7 +240,8 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
         **dict.fromkeys(
             (*Sizes._fields, "bias_batch", "bias_heads", "bias_q", "bias_k", "pairs", "strips"), _Leaf("i32")
         ),
-        "scale": _Leaf("fp64"),
+        "scale": _Leaf("fp32" if kernel == "hopper_forward" else "fp64"),
+        "unit": _Leaf("fp32"),
         **{name: _Leaf("constexpr", value) for name, value in constants.items()},
     }
 

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from flash.kernels.spec import Config
 
-from .form import ALLOWED, HEAD_DIMS, HOPPER, ITEMSIZE, KERNELS, SEQLENS, Row, Table, dump, parse
+from .form import HEAD_DIMS, HOPPER, ITEMSIZE, KERNELS, SEQLENS, Row, Table, dump, parse
 
 __all__ = [
-    "ALLOWED", "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump",
+    "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump",
     "for_tangents", "heuristic", "is_faster", "kernel_hash", "length_bucket", "load", "lookup", "narrowed", "parse",
     "registers_bound", "shared_limit", "shipped_table", "table_name", "timed", "too_wide", "triton_version",
     "user_folder", "user_table", "user_table_name",

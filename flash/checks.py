@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 
-from .kernels.spec import Config
+from .kernels.spec import Config, Configs, check_limits
 from .twins import MaskMod, ScoreMod
 
 BACKENDS = ("auto", "triton", "hopper", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATS = "float16, bfloat16, float32 or float64"
-KERNELS = ("forward", "dkdv", "dq")
-HOPPER_LIMITS: dict[str, dict[str, tuple[int, ...]]] = {  # of a Config with backend="hopper", where they differ
-    "forward": {"block_m": (128, 192), "num_warps": (8, 12)},
-    "dkdv": {"block_m": (64,), "block_n": (128,), "num_warps": (8,)},
-}
+KERNELS = Configs._fields
+HOPPER_KERNELS = {"forward": "hopper_forward", "dkdv": "hopper_backward"}  # dq's Config is delta's, a plain kernel
 MAX_HEAD_DIM = 512
 MAX_SEQLEN = 2**30 - 2**9  # a position, an offset and a tile together stay within 32 bits
 
@@ -310,21 +307,8 @@ def check_config(config: ConfigLike, backend: str = "auto") -> tuple[Config | No
             raise ValueError(f"config must have keys among {', '.join(KERNELS)}, got {name!r}")
         if not isinstance(value, Config):
             raise ValueError(f"config[{name!r}] must be a flash.Config, got {value!r}")
-        limits = {
-            "block_m": (16, 32, 64, 128, 256),
-            "block_n": (16, 32, 64, 128, 256),
-            "num_warps": (1, 2, 4, 8, 16),
-            "num_stages": tuple(range(1, 9)),
-            "ahead": (False, True) if name == "forward" else (False,),
-        }
-        if backend == "hopper":  # four warps for 64 queries of the forward; dq is delta's, a plain kernel
-            limits |= HOPPER_LIMITS.get(name, {})
-        for field, allowed in limits.items():
-            got = getattr(value, field)
-            if type(got) is not type(allowed[0]) or got not in allowed:
-                raise ValueError(f"config[{name!r}].{field} must be one of {allowed}, got {got!r}")
-        if backend == "hopper" and name == "forward" and 16 * value.num_warps != value.block_m:
-            raise ValueError(f"config['forward'] must have 16 queries a warp, block_m 128 or 192, got {value}")
+        kernel = HOPPER_KERNELS.get(name, name) if backend == "hopper" else name
+        check_limits(kernel, value, f"config[{name!r}]")
     return given.get("forward"), given.get("dkdv"), given.get("dq")
 
 

@@ -43,7 +43,7 @@ from . import band, hopper_forward, score, softmax, tile
 from .backward import delta_kernel, of_sinks
 from .hopper_forward import descriptor, tile_of, unaddressed
 from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
-from .spec import Config, Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View
+from .spec import Config, Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View, check_limits
 
 # Triton 3.8 renamed both copies, and 3.9 has the new names alone.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -401,8 +401,7 @@ def options_of(config: Config) -> dict[str, int]:
     Raises:
         ValueError: the configuration is none of this kernel's.
     """
-    if config[:3] != (ROWS.value, ROWS.value * CONSUMERS.value, 4 * CONSUMERS.value):
-        raise ValueError(f"config['dkdv'] must have block_m 64, block_n 128 and num_warps 8, got {config}")
+    check_limits("hopper_backward", config, "config['dkdv']")
     return {"num_warps": 4, "maxnreg": REGISTERS}
 
 

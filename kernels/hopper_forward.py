@@ -12,6 +12,9 @@ query sees whole: q k_j^T is issued before p_{j-1} v_{j-1}, so that the softmax 
 ptxas moves the wait for p v above the softmax, and hides nothing, unless a basic block ends between them. The spin on
 the barrier of the next K ends one: it stands there for that (tests/test_hopper_compiled.py asks for the overlap).
 
+At head_dim 256 a consumer takes all its 240 registers. The compiler finds what follows from the arguments alone before
+the consumers part, and keeps it to the end or spills it: so `blocks` and `unit` are arguments, and scale has 32 bits.
+
 A weight of 0 does not keep a NaN of v from queries that must not see it. Tiles where that can happen are at the edges,
 which come first: where acc is not finite after them, it is found again key by key, from the visible pairs alone.
 
@@ -39,7 +42,7 @@ except ImportError as error:
 
 from . import band, score, softmax, tile
 from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
-from .spec import Config, Mods, Positions, Site, Sizes, Spec, dense_like
+from .spec import Config, Mods, Positions, Site, Sizes, Spec, check_limits, dense_like
 
 # Triton 3.8 renamed both copies, and 3.9 has the new names alone.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -52,8 +55,8 @@ REGISTERS = {2: 168, 3: 128}  # of a thread at launch, by the number of consumer
 RESIDENT = 32 * 2**20  # bytes of K and V that stay in the 50 MB of L2 while their queries pass
 
 # (columns of a tile, whether some visible pair is hidden by position): tiles that compile with the softmax under p v
-# and without a spill (Triton 3.6 spills up to 16 bytes of 256 columns, outside the loops). block_m is 64 for each
-# consumer, num_warps 4, num_stages counts slots. The first is the one to use.
+# and without a spill. block_m is 64 for each consumer, num_warps 4, num_stages counts slots. The first is the one to
+# use.
 CONFIGS = {
     (64, False): (Config(192, 128, 12, 2), Config(128, 128, 8, 2)),
     (64, True): (Config(128, 128, 8, 2),),
@@ -65,15 +68,14 @@ CONFIGS = {
 
 
 @gluon.jit
-def place(section, heads, batch, seqlen_q, BLOCK_M: gl.constexpr):
+def place(blocks, section, heads, batch, BLOCK_M: gl.constexpr):
     """(first query, head, batch element) of this program.
 
     Heads are taken a section at a time, so that its K and V stay in L2; in it the last queries come first, since causal
     ones see most keys, and heads that share K and V are neighbours.
     """
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
     pid = gl.program_id(0)
-    first = pid // (blocks * section) * section
+    first = pid // blocks // section * section
     size = gl.minimum(section, heads * batch - first)
     within = pid - first * blocks
     head = first + within % size
@@ -120,7 +122,7 @@ def consumer(
     q_full, k_full, k_empty, v_full, v_empty = bars
     row, h, b = at
     seqlen_q, seqlen_k, offset, left, right = lengths
-    scale, natural, unit = units
+    scale, unit = units
     sizes = Sizes(1, seqlen_q, seqlen_k, 1, offset, left, right)
     dtype: gl.constexpr = o_desc.dtype
     D: gl.constexpr = shape.block_d
@@ -130,6 +132,7 @@ def consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    EACH_WARP: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [4], [0])
 
     first = row + me * ROWS
     rows = first + gl.arange(0, ROWS, ROW_LAYOUT)
@@ -162,7 +165,8 @@ def consumer(
         mbarrier.arrive(v_empty.index(slot), count=1)
 
     if spec.causal or spec.left or spec.right:
-        if gl.sum(gl.sum(acc - acc, 1), 0) != 0.0:
+        # every warp adds up all rows: where some threads load for all, Triton 3.6 holds a register from the start on
+        if gl.sum(gl.convert_layout(gl.sum(acc - acc, 1), EACH_WARP), 0) != 0.0:
             pivot = gl.convert_layout(gl.where(m == float("-inf"), 0.0, m), O_ROW_LAYOUT)
             acc = visible_sum(sources, q, first, pivot, at, run, mods, lengths, units, spec, shape, BLOCK_N, O_LAYOUT)
 
@@ -203,7 +207,7 @@ def consumer(
         acc = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, DV]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
-    weight, divisor, lse_row = softmax.totals(m, l, natural, mods, b, h)
+    weight, divisor, lse_row = softmax.totals(m, l, scale if spec.raw else 1.0, mods, b, h)
     factor = weight / divisor if mods.sinks is not None else 1.0 / divisor
     o = acc * gl.convert_layout(factor, O_ROW_LAYOUT)[:, None]
     gl.store(lse + rows, lse_row, mask=rows < seqlen_q)
@@ -221,7 +225,7 @@ def visible_sum(
 ):  # fmt: skip
     """acc after the tiles at the edges, from the visible pairs alone: exp(s - pivot) v, key by key. [ROWS, DV]"""
     seqlen_q, seqlen_k, offset, left, right = lengths
-    scale, natural, unit = units
+    scale, unit = units
     sizes = Sizes(1, seqlen_q, seqlen_k, 1, offset, left, right)
     _, h, b = at
     D: gl.constexpr = shape.block_d
@@ -253,20 +257,20 @@ def visible_sum(
     return acc
 
 
-@gluon.jit(do_not_specialize=[*LENGTHS, "section"])
+@gluon.jit(do_not_specialize=[*LENGTHS, "blocks", "section"])
 def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, keys, values, mods,
-    heads, seqlen_q, seqlen_k, batch, q_offset, left, right, section, scale: tl.float64,
+    heads, seqlen_q, seqlen_k, batch, q_offset, left, right, blocks, section,
+    scale: tl.float32, unit: tl.float32,
     spec: gl.constexpr, shape: gl.constexpr, SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = shape.block_d
     DV: gl.constexpr = shape.block_dv
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    row, h, b = place(section, heads, batch, seqlen_q, BLOCK_M)
+    row, h, b = place(blocks, section, heads, batch, BLOCK_M)
     offset = tile.first_position(mods, sizes, b)
     run = band.of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
-    natural, unit = score.units(scale, spec, gl.float32)
 
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [SLOTS, 1, 1, BLOCK_N, D], k_desc.layout)
@@ -291,7 +295,7 @@ def forward_kernel(
     h_k = h // shape.group
     sources = (tile.origin(keys, b, h_k), keys.stride_s, tile.origin(values, b, h_k), values.stride_s)
     lengths = (seqlen_q, seqlen_k, offset, left, right)
-    units = (scale, natural, unit)
+    units = (scale, unit)
     # A tuple with a name holds tensors alone: what is known when compiling is passed beside it.
     brings = (q_desc, k_desc, v_desc, smem, bars, at, run)
     finds = (o_desc, lse, sources, smem, bars, at, run, lengths, units)
@@ -391,10 +395,8 @@ def options_of(config: Config) -> dict[str, int]:
     Raises:
         ValueError: the configuration is none of these kernels'.
     """
-    consumers, rest = divmod(config.block_m, ROWS.value)
-    if rest or consumers not in REGISTERS or config.num_warps != 4 * consumers:
-        raise ValueError(f"config must have block_m 128 and num_warps 8, or 192 and 12, got {config}")
-    return {"num_warps": 4, "maxnreg": REGISTERS[consumers]}
+    check_limits("hopper_forward", config)
+    return {"num_warps": 4, "maxnreg": REGISTERS[config.block_m // ROWS.value]}
 
 
 def forward(
@@ -440,10 +442,11 @@ def forward(
         descriptor(x, rows, columns)
         for x, rows in ((q, ROWS.value), (k, config.block_n), (v, config.block_n), (o, ROWS.value))
     )
-    programs = triton.cdiv(q.shape[2], config.block_m) * q.shape[1] * q.shape[0]
-    rest = (*sizes, section(q, k, v), scale, spec, shape, config.num_stages)
+    blocks = triton.cdiv(q.shape[2], config.block_m)
+    unit = (scale if spec.raw else 1.0) * score.LOG2E.value  # the second of `score.units`
+    rest = (*sizes, blocks, section(q, k, v), scale, unit, spec, shape, config.num_stages)
     args = (*descriptors, lse, view(k), view(v), operands, *rest)
-    launch(forward_kernel, programs, q.device, config, *args, **options)
+    launch(forward_kernel, blocks * q.shape[1] * q.shape[0], q.device, config, *args, **options)
     return o, lse
 
 

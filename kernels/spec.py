@@ -1,4 +1,4 @@
-"""The nouns of a kernel call: plain NamedTuples, importable where Triton is not.
+"""The nouns of a kernel call: plain NamedTuples, and what a Config may be; importable where Triton is not.
 
 A kernel takes few arguments because related ones travel together: `View` is a tensor with its strides, `Mods` the
 optional operands, `Sizes` the lengths, `Spec` and `Shape` what the compiler must know. A field added here reaches every
@@ -35,6 +35,42 @@ class Configs(NamedTuple):
     forward: Config
     dkdv: Config
     dq: Config
+
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128, 256),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ahead": (False,),
+}
+LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a Config may be, by the kernel that it is for
+    "forward": PLAIN | {"ahead": (False, True)},
+    "dkdv": PLAIN,
+    "dq": PLAIN,
+    # four warps for each 64 queries of a program, or keys
+    "hopper_forward": PLAIN | {"block_m": (128, 192), "num_warps": (8, 12)},
+    "hopper_backward": PLAIN | {"block_m": (64,), "block_n": (128,), "num_warps": (8,)},
+}
+
+
+def check_limits(kernel: str, config: Config, name: str = "config") -> None:
+    """Check that a Config is one that a kernel may be launched with; whether it fits a GPU is found there.
+
+    Args:
+        kernel: a key of LIMITS.
+        config: tile sizes and launch options, perhaps not even numbers.
+        name: what messages call the Config.
+
+    Raises:
+        ValueError: a field is none of what LIMITS allows, or fields do not go together.
+    """
+    for field, allowed in LIMITS[kernel].items():
+        got = getattr(config, field)
+        if type(got) is not type(allowed[0]) or got not in allowed:  # True == 1, but is no number of warps
+            raise ValueError(f"{name}.{field} must be one of {allowed}, got {got!r:.80}")
+    if kernel == "hopper_forward" and 16 * config.num_warps != config.block_m:
+        raise ValueError(f"{name} must have 16 queries a warp, block_m 128 or 192, got {config}")
 
 
 class View(NamedTuple):

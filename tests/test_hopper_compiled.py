@@ -15,7 +15,6 @@ pytest.importorskip("triton.experimental.gluon")
 from bench.overhead import stand_in
 from flash.autotune import gluon, resources
 from flash.autotune.space import Variant
-from flash.autotune.tables import triton_version
 from flash.kernels import hopper_backward, hopper_forward
 from flash.kernels.spec import Config, Gradients
 from tests import test_hopper_backward, test_hopper_forward
@@ -66,8 +65,6 @@ SHARED_BACKWARD = {
     ("hopper_dkdv", 128, 2): 130,
     ("hopper_dkdv", 128, 3): 163,
 }
-# Bytes that ptxas spills nevertheless, with Triton's 3.6 code: scalars that wait for the end of the kernel.
-SPILLED = {("3.6", 256, "causal window, offsets"): 12, ("3.6", 256, "causal softcap"): 16}
 
 
 def compiled_well(head_dim: int, config: Config, call: str, dtype: str) -> None:
@@ -76,8 +73,7 @@ def compiled_well(head_dim: int, config: Config, call: str, dtype: str) -> None:
     consumers = config.block_m // 64
     assert made.faults == () and made.shared <= SHARED[head_dim, consumers] * 1024 <= 227 * 1024
     assert made.registers == hopper_forward.REGISTERS[consumers]  # they are all there are
-    assert made.spill_bytes <= SPILLED.get((str(triton_version())[:3], head_dim, call), 0)
-    assert not made.serialized and made.warnings == ()
+    assert made.spill_bytes == 0 and not made.serialized and made.warnings == ()
     assert made.loops and not any("local" in loop.counts for loop in made.loops)
     assert made.hidden is not None and made.hidden >= 0.9
 

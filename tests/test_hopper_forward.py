@@ -365,9 +365,15 @@ def test_what_tma_cannot_address_has_its_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Config(64, 64, 4, 2), Config(128, 64, 4, 2), Config(256, 64, 16, 2), Config(96, 64, 8)]
+    "config, message",
+    [
+        (Config(64, 64, 4, 2), r"config.block_m must be one of \(128, 192\), got 64"),
+        (Config(128, 64, 4, 2), r"config.num_warps must be one of \(8, 12\), got 4"),
+        (Config(192, 64, 8, 2), "config must have 16 queries a warp, block_m 128 or 192, got .*block_m=192"),
+        (Config(128, 48, 8, 2), r"config.block_n must be one of \(16, .*\), got 48"),
+    ],
 )
-def test_a_configuration_of_other_kernels_is_refused(config: Config) -> None:
+def test_a_configuration_of_other_kernels_is_refused(config: Config, message: str) -> None:
     p = Problem.of(*inputs(lambda x: x)[:3])
-    with pytest.raises(ValueError, match="block_m 128 and num_warps 8"):
+    with pytest.raises(ValueError, match=message):
         hopper_forward.forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, Positions(), config)

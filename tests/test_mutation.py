@@ -71,7 +71,8 @@ def test_the_wrong_mutants_of_a_toy_die_and_the_others_are_told() -> None:
 
 @pytest.mark.interpret(gpu=False)
 def test_every_call_shown_to_mutants_can_be_made() -> None:
-    from tests.mutation.slice import CASES, inputs_of
+    from tests.mutation.cases import CASES
+    from tests.mutation.slice import inputs_of
 
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:

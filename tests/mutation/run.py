@@ -293,7 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print every case, and what killed each mutant")
     options = parser.parse_args(arguments)
     watch()
-    from tests.mutation.slice import CASES, check, prepare
+    from tests.mutation.cases import CASES
+    from tests.mutation.slice import check, prepare
 
     equivalent = listed(LIST.read_text(encoding="utf-8"))
     mutants = [mutant for mutant in every_mutant() if any(text in mutant.name for text in options.only)]
