@@ -66,7 +66,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_sdist_carries_what_it_takes_to_build_test_and_read(built: tuple[Path, Path]) -> None:
     sdist, _ = built
-    files = ("LICENSE", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "hatch_build.py")
+    files = (
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "constraints.txt",
+        "hatch_build.py",
+        "constraints-integrations.txt",
+    )
     assert [name for name in files if not (sdist / name).is_file()] == []
     folders = ("bench", "examples", "flash/kernels", "flash/autotune/tables", "tests/interpreter")
     assert [name for name in folders if not list((sdist / name).glob("*"))] == []
@@ -192,7 +201,8 @@ def test_mend_without_git_works(damage: Callable[[Path], None], tmp_path: Path) 
 def constraints() -> dict[str, list[Requirement]]:
     """The pins, by name; a name has several where they differ by Python version."""
     pins: dict[str, list[Requirement]] = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+    texts = ((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "constraints-integrations.txt"))
+    for line in "".join(texts).splitlines():
         if line and not line.startswith("#"):
             pin = Requirement(line)
             pins.setdefault(pin.name, []).append(pin)
@@ -208,6 +218,8 @@ def test_every_requirement_has_exactly_one_pin(python_version: str) -> None:
     pins, metadata = constraints(), project()
     groups = [metadata["dependencies"], *metadata["optional-dependencies"].values()]
     for requirement in (Requirement(text) for group in groups for text in group):
+        if requirement.name == metadata["name"]:  # an extra that is made of others
+            continue
         environment = {"python_version": python_version, "sys_platform": "linux"}
         fitting = [p for p in pins[requirement.name] if not p.marker or p.marker.evaluate(environment)]
         assert len(fitting) == 1, requirement.name
