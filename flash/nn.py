@@ -128,12 +128,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given with is_causal, which says that it is the causal mask; got None")
         batched, same = query.dim() == 3, query is key and key is value
+        projected = self.project(query, key, value, same)
         if not batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            projected = tuple(x.unsqueeze(0) for x in projected)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = (x.transpose(1, 2) for x in self.project(query, key, value, same))  # [batch, heads, seqlen, head_dim]
+            projected = tuple(x.transpose(0, 1) for x in projected)
+        q, k, v = (x.transpose(1, 2) for x in projected)  # views [batch, heads, seqlen, head_dim]
         causal = is_causal and not need_weights and self.bias_k is None
         if self.bias_k is not None and self.bias_v is not None:
             learned = [x.view(1, self.num_heads, 1, -1).expand(len(q), -1, -1, -1) for x in (self.bias_k, self.bias_v)]
@@ -142,13 +143,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask = None if attn_mask is None else F.pad(attn_mask, (0, 1))
         mask, bias = self.masks(q, key_padding_mask, None if causal else attn_mask)
         sinks = torch.zeros(self.num_heads, dtype=q.dtype, device=q.device) if self.add_zero_attn else None
-        found = flash_attention(
+        o, lse = flash_attention(
             q, k, v, causal=causal, q_offset=0 if causal else None, mask=mask, bias=bias, sinks=sinks,
             dropout_p=self.dropout if self.training else 0.0, return_lse=True,
         )  # fmt: skip
-        o, lse = found
-        output = F.linear(o.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
-        output = output.squeeze(0) if not batched else output if self.batch_first else output.transpose(0, 1)
+        o = o.transpose(1, 2)
+        o = o.squeeze(0) if not batched else o if self.batch_first else o.transpose(0, 1)
+        output = F.linear(o.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not need_weights:
             return output, None
         weights = weights_of(q, k, lse, mask, bias, self.head_dim**-0.5, average_attn_weights)
@@ -241,7 +242,7 @@ def check_inputs(
 
 
 def packed(x: Any) -> tuple[Tensor, Tensor]:
-    """The rows of a nested tensor [batch, *, width], [total, width], and where its sequences start, int32 [batch + 1]."""
+    """The rows of a nested tensor [batch, *, width], [total, width]; where its sequences start, int32 [batch + 1]."""
     if not x.is_nested:
         raise NotImplementedError("query, key and value must all be nested tensors where one is")
     if x.layout == torch.jagged:

@@ -190,7 +190,7 @@ class Weights(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, seqlen_q, _ = q.shape
         shape = (batch, seqlen_q, k.shape[2]) if average else (batch, heads, seqlen_q, k.shape[2])
-        found = torch.empty(shape, dtype=q.dtype, device=q.device)
+        found = q.new_empty(shape)
         for rows in blocks(q, k):
             p = weights_of_rows(q, k, lse, mask, bias, scale, rows)
             found[..., rows, :] = p.mean(1) if average else p
@@ -205,7 +205,7 @@ class Weights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, lse, mask, bias = ctx.saved_tensors
-        dq, dk, dlse = torch.empty_like(q), torch.zeros_like(k, dtype=lse.dtype), torch.empty_like(lse)
+        dq, dk, dlse = q.new_empty(q.shape), torch.zeros_like(k, dtype=lse.dtype), lse.new_empty(lse.shape)
         dbias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[4] else None
         for rows in blocks(q, k):
             p = weights_of_rows(q, k, lse, mask, bias, ctx.scale, rows)

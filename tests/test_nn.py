@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash.nn
 from bench.measure import gpu_peak
 from flash import mods, reference, weights
 from flash.attention import flash_attention
 from flash.nn import KeyValueCache, MultiheadAttention, TransformerBlock, attention_weights, memory_estimate, rotary
+from tests import calls
+from tests.calls import Place, random_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 
@@ -53,9 +58,9 @@ def answers(module: nn.Module, inputs: list[Tensor], extra: list[Tensor], **opti
     inputs = [x.detach().requires_grad_() for x in inputs]
     output, found = module(*inputs, **options)
     torch.manual_seed(1)
-    loss = (output * torch.randn_like(output)).sum()
+    loss = (output * torch.randn(output.shape, dtype=output.dtype)).sum()
     if found is not None:
-        loss = loss + (found * torch.randn_like(found)).sum()
+        loss = loss + (found * torch.randn(found.shape, dtype=found.dtype)).sum()
     leaves = {**dict(zip(("query", "key", "value"), inputs, strict=True)), **dict(module.named_parameters())}
     leaves |= {f"extra {i}": x for i, x in enumerate(extra)}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -197,21 +202,20 @@ def test_a_query_that_sees_no_key_has_weights_zero() -> None:
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_asked_for_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch, average: bool) -> None:
     seqlen, heads = 1024, 4
-    ours = MultiheadAttention(16, heads, batch_first=True)
-    x = torch.randn(1, seqlen, 16, requires_grad=True)
+    q, k = torch.randn(2, 1, heads, seqlen, 4).requires_grad_().unbind()
+    lse = (q @ k.mT * 0.5).logsumexp(-1).detach().requires_grad_()
+    do = torch.randn(1, seqlen, seqlen) if average else torch.randn(1, heads, seqlen, seqlen)
 
     def step() -> tuple[Tensor, ...]:
-        found = ours(x, x, x, average_attn_weights=average)[1]
-        return found, *torch.autograd.grad(found, x, torch.ones_like(found))
+        found = weights.weights_of(q, k, lse, None, None, 0.5, average)
+        return found, *torch.autograd.grad(found, (q, k, lse), do)
 
+    monkeypatch.setattr(weights, "PAIRS", heads * seqlen**2)
     want = step()
     monkeypatch.setattr(weights, "PAIRS", 16 * heads * seqlen)  # 16 rows a block
     for got, expected in zip(step(), want, strict=True):
         torch.testing.assert_close(got, expected)
-    block = 4 * weights.PAIRS  # bytes
-    incoming = want[0].nbytes  # the gradient that torch.ones_like makes
-    assert want[0].nbytes == (1 if average else heads) * 4 * seqlen**2
-    assert allocated(step) - incoming < 8 * block + 64 * x.nbytes < heads * 4 * seqlen**2 / 2
+    assert allocated(step) < 8 * 4 * weights.PAIRS < heads * 4 * seqlen**2 / 4
 
 
 def test_dropout_is_active_in_training_only() -> None:
@@ -237,8 +241,9 @@ def test_dropout_is_active_in_training_only() -> None:
 def test_dropped_weights_are_scaled_up() -> None:
     _, ours = pair(dropout=0.4)
     x = torch.randn(1, 5, 24, dtype=torch.float64)
-    mean = torch.stack([ours(x, x, x, need_weights=False)[0] for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(mean, ours.eval()(x, x, x)[0], rtol=0, atol=0.08)  # some six standard deviations
+    found = torch.stack([ours(x, x, x, need_weights=False)[0] for _ in range(1000)])
+    off = (found.mean(0) - ours.eval()(x, x, x)[0]) / (found.std(0) / 1000**0.5)
+    assert off.abs().max() < 5  # standard deviations
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -505,10 +510,6 @@ def step(attention: Callable[..., Any], inputs: list[Tensor]) -> tuple[Tensor, .
     return o, *torch.autograd.grad(o, leaves, do)
 
 
-def peak(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> int:
-    return gpu_peak(call) if device.type == "cuda" else allocated(call)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("seqlen", "seqlen_k"), [(256, 256), (128, 384)])
 def test_the_memory_estimate_is_what_is_measured(seqlen: int, seqlen_k: int, dtype: torch.dtype) -> None:
@@ -520,20 +521,51 @@ def test_the_memory_estimate_is_what_is_measured(seqlen: int, seqlen_k: int, dty
     assert abs(measured - q.nbytes - estimate.standard_backward) <= max(q.nbytes, k.nbytes) + 64  # do is new here
 
 
+class Made(TorchDispatchMode):
+    """Bytes of all tensors that the launchers make; the interpreter's own do not count."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.__name__.startswith(("empty", "new_empty", "zeros", "new_zeros")):
+            frame, around = sys._getframe(1), ("torch.", "conftest", "tests.conftest")
+            while frame.f_globals["__name__"].startswith(around):
+                frame = frame.f_back  # type: ignore[assignment]
+            self.nbytes += out.nbytes if frame.f_globals["__name__"].startswith("flash.") else 0
+        return out
+
+
 @pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_memory_estimate_is_what_the_kernels_take(dtype: torch.dtype, place: Place) -> None:
+    x = random_inputs(place, heads=2, seqlen_q=48, seqlen_k=64, head_dim=16, dtype=dtype)
+    estimate = memory_estimate(1, 48, 2, 16, dtype, seqlen_k=64)
+    with Made() as forward:
+        found = calls.forward(x)
+    assert forward.nbytes - found.o.nbytes == estimate.flash_forward
+    with Made() as backward:
+        grads = calls.backward(x, found=found)
+    both = forward.nbytes + backward.nbytes
+    returned = sum(g.nbytes for g in (found.o, grads.dq, grads.dk, grads.dv) if g is not None)
+    assert both - returned == estimate.flash_backward
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_memory_estimate_is_what_the_kernels_take(dtype: torch.dtype, device: torch.device) -> None:
-    q, k, v, do = (torch.randn(2, 3, n, 16, dtype=dtype, device=device) for n in (48, 64, 64, 48))
-    estimate = memory_estimate(2, 48, 3, 16, dtype, seqlen_k=64)
-
-    def attention(*tensors: Tensor) -> Any:
-        return flash_attention(*tensors, backend="triton")
-
-    slack = 64 if device.type == "cpu" else 4096  # the GPU's allocator rounds each tensor up to 512 bytes
+def test_the_memory_estimate_is_what_a_gpu_measures(dtype: torch.dtype) -> None:
+    q, k, v, do = torch.randn(4, 2, 3, 512, 64, dtype=dtype, device="cuda")
+    estimate = memory_estimate(2, 512, 3, 64, dtype)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    step(attention, [*leaves, do])  # compiles, where it is not interpreted
-    assert abs(peak(lambda: (attention(q, k, v),), device) - estimate.flash_forward) <= slack
-    assert abs(peak(lambda: step(attention, [*leaves, do]), device) - estimate.flash_backward) <= slack
+    for attention, forward, both in (
+        (standard, estimate.standard_forward, estimate.standard_backward),
+        (partial(flash_attention, backend="triton"), estimate.flash_forward, estimate.flash_backward),
+    ):
+        step(attention, [*leaves, do])  # compiles
+        with torch.no_grad():
+            assert abs(gpu_peak(lambda attention=attention: (attention(q, k, v),)) - forward) <= 4096 + 0.02 * forward
+        measured = gpu_peak(lambda attention=attention: step(attention, [*leaves, do]))
+        assert abs(measured - both) <= q.nbytes + 4096 + 0.02 * both
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -546,9 +578,9 @@ def test_the_torch_backend_takes_no_more_than_its_estimate_says(dtype: torch.dty
             forward = allocated(lambda inputs=inputs: (flash_attention(*inputs[:3]),))
         both = allocated(lambda leaves=leaves, do=inputs[3]: step(flash_attention, [*leaves, do]))
         copy = 4 * inputs[0].numel()
-        assert forward <= 5 * copy and both <= 13 * copy
+        assert forward <= 6 * copy and both <= 15 * copy
         shares.append(both / copy)
-    assert shares[1] <= 1.1 * shares[0]  # it grows with the length
+    assert shares[1] <= 1.25 * shares[0]  # it grows with the length, in parts of it
     q, k, v = (torch.randn(1, 2, 4096, 64) for _ in range(3))
     tiles = allocated(lambda: (flash_attention(q, k, v, dropout_p=0.1),))
     assert tiles <= 40e6 < memory_estimate(1, 4096, 2, 64, torch.float32).standard_forward
@@ -569,7 +601,7 @@ def options_of(names: str) -> dict[str, Any]:
         "bias": torch.randn(1, 4, 11, 17, dtype=torch.float64),
         "alibi_slopes": torch.rand(4, dtype=torch.float64),
         "sinks": torch.randn(4, dtype=torch.float64),
-        "mask_mod": mods.dilated_sliding_window(7, 2, device="cpu"),
+        "mask_mod": mods.dilated_window(7, 2),
         "score_mod": mods.alibi(torch.rand(4, dtype=torch.float64)),
     }  # fmt: skip
     return {name: every[name] for name in names.split()}
@@ -577,7 +609,15 @@ def options_of(names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "names",
-    ["", "causal", "window q_offset", "scale softcap bias", "mask sinks", "alibi_slopes sinks causal", "mask_mod score_mod"],
+    [
+        "",
+        "causal",
+        "window q_offset",
+        "scale softcap bias",
+        "mask sinks",
+        "alibi_slopes sinks causal",
+        "mask_mod score_mod",
+    ],
 )
 def test_attention_weights_equal_the_softmax(names: str) -> None:
     q, k = torch.randn(2, 4, 11, 8, dtype=torch.float64), torch.randn(2, 2, 17, 8, dtype=torch.float64)
