@@ -126,7 +126,6 @@ def test_readme_says_which_time_series_models_stay_exact() -> None:
     assert all(name in text for name in ("Informer", "Autoformer", "FEDformer", 'mechanism="full"'))
 
 
-@missing("flash/nn.py")
 def test_modules_have_torchs_state_and_their_own_sizes() -> None:
     from flash.nn import MultiheadAttention
 

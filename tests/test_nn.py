@@ -1,4 +1,4 @@
-"""Modules: torch's own answers from MultiheadAttention, formulas written out for the block, measurements for estimates."""
+"""Modules: torch's own answers from MultiheadAttention, the block written out, estimates beside measurements."""
 
 import copy
 import pickle
