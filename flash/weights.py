@@ -8,6 +8,7 @@ weights, from the lse of the call that made the output, differentiable and trace
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,7 +178,9 @@ def weights_of(
     Returns:
         [batch, seqlen_q, seqlen_k] if average, else [batch, heads, seqlen_q, seqlen_k]; of q's dtype.
     """
-    found: Tensor = Weights.apply(q, k, lse, mask, bias, scale, average)  # type: ignore[no-untyped-call]
+    device = q.device.type
+    with nullcontext() if not torch.amp.is_autocast_available(device) else torch.autocast(device, enabled=False):
+        found: Tensor = Weights.apply(q, k, lse, mask, bias, scale, average)  # type: ignore[no-untyped-call]
     return found
 
 
