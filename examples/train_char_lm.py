@@ -2,79 +2,24 @@
 
     python -m examples.train_char_lm
 
-The text is the English that every Python carries: the language reference behind `help()`. Exact attention must give the
-same training, so the two loss curves lie on each other; what differs is the memory, which standard attention needs for
-its [seqlen, seqlen] scores, and the time. Each training runs in a fresh process, so that its peak memory is its own.
+The model is examples/gpt.py, the text the English that every Python carries: the language reference behind `help()`.
+Exact attention must give the same training, so the two loss curves lie on each other; what differs is the memory, which
+standard attention needs for its [seqlen, seqlen] scores, and the time. Each training runs in a fresh process, so that
+its peak memory is its own. With --save the model is kept for examples/generate.py.
 """
 
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from flash.attention import flash_attention
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [batch, heads, seqlen, head_dim] -> o, causal
-
-
-def standard(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as it is written in papers: every score is in memory, for the forward and for the backward."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same function, without the scores in memory."""
-    return flash_attention(q, k, v, causal=True)
-
-
-ATTENTIONS: dict[str, Attention] = {"standard": standard, "flash": flash}
-
-
-class Block(nn.Module):
-    """A transformer block: attention, then a two-layer perceptron, each normalised first and added to its input."""
-
-    def __init__(self, width: int, heads: int, attention: Attention) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention = attention
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [batch, seqlen, width] -> the same shape."""
-        # Views, not copies: flash_attention takes any strides.
-        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
-
-
-class GPT(nn.Module):
-    """A decoder-only transformer over characters."""
-
-    def __init__(self, characters: int, seqlen: int, width: int, heads: int, layers: int, attention: Attention) -> None:
-        super().__init__()
-        self.token = nn.Embedding(characters, width)
-        self.position = nn.Embedding(seqlen, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, attention) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, characters)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [batch, seqlen] -> logits [batch, seqlen, characters]."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token(tokens) + self.position(positions)
-        return self.head(self.norm(self.blocks(x)))
+from examples import gpt
 
 
 @dataclass(frozen=True)
@@ -114,16 +59,23 @@ def memory(device: str) -> tuple[int, int] | None:
     return now, most
 
 
-def train(name: str, options: Options) -> Training:
+def text_of_python() -> str:
+    """The language reference behind `help()`."""
+    return "\n".join(topics.values())
+
+
+def train(name: str, options: Options, save: Path | None = None) -> Training:
     """One training with one attention; everything random comes from the seed, so that all trainings see the same."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    text = "\n".join(topics.values())
+    text = text_of_python()
     alphabet = {character: i for i, character in enumerate(sorted(set(text)))}
     data = torch.tensor([alphabet[character] for character in text])
 
-    model = GPT(len(alphabet), options.seqlen, options.width, options.heads, options.layers, ATTENTIONS[name])
-    model.to(options.device)
+    made = gpt.Options(
+        options.layers, options.width, options.heads, options.heads, len(alphabet), options.seqlen, rope_base=None
+    )
+    model = gpt.GPT(made, name).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     before = memory(options.device)
     losses = []
@@ -141,6 +93,8 @@ def train(name: str, options: Options) -> Training:
             print(f"{name:>9}  step {step:4}  loss {losses[-1]:.4f}", flush=True)
     seconds = time.perf_counter() - start
     after = memory(options.device)
+    if save is not None:
+        torch.save({"options": asdict(made), "alphabet": "".join(alphabet), "state": model.state_dict()}, save)
     return Training(losses, seconds, after[1] - before[0] if before and after else None)
 
 
@@ -177,15 +131,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--save", type=Path, help="keep the model that flash attention trained")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
     args = parser.parse_args()
     options = Options(args.device, args.steps, args.seqlen)
 
     trainings = {}
-    for name in ATTENTIONS:
+    for name in gpt.ATTENTIONS:
         # A started process, not a forked one: a fork begins with its parent's memory.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            trainings[name] = process.submit(train, name, options).result()
+            trainings[name] = process.submit(train, name, options, args.save if name == "flash" else None).result()
 
     pairs = zip(trainings["standard"].losses, trainings["flash"].losses, strict=True)
     print(f"largest difference of the losses: {max(abs(a - b) for a, b in pairs):.1e}")

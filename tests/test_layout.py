@@ -74,7 +74,18 @@ ARROWS = {
     ),
     "flash.decode": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.ring": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
-    "flash.nn": ("flash.mods", "flash.attention", "flash.decode", "flash.ring"),
+    # what attention_weights shows is the torch backend's own score
+    "flash.weights": ("flash.mods", "flash.problem", "flash.tiling", "flash.scoring"),
+    "flash.footprint": (),
+    "flash.nn": (
+        "flash.mods",
+        "flash.problem",
+        "flash.attention",
+        "flash.decode",
+        "flash.ring",
+        "flash.weights",
+        "flash.footprint",
+    ),
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),
 }  # fmt: skip
 
