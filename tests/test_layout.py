@@ -75,6 +75,9 @@ ARROWS = {
     "flash.decode": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.ring": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.nn": ("flash.mods", "flash.attention", "flash.decode", "flash.ring"),
+    "flash.integrations.transformers": (  # its two halves: what is asked for a mask, and what reads the answer
+        "flash.mods", "flash.attention", "flash.integrations.transformers_masks",
+    ),
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),
 }  # fmt: skip
 
