@@ -22,6 +22,7 @@ pytestmark = [
 
 EXACT, LOOSE = 1e-11, 20 * torch.finfo(torch.float32).eps
 SEQLEN, WINDOW = 19, 6
+TRACED = "aot_eager"  # all of torch.compile but its code generator
 DECODER: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=None,
@@ -216,10 +217,10 @@ def close(got: Tensor, want: Tensor, bound: float, what: str = "") -> None:
     assert error <= bound * max(largest, 1.0), f"{what} differs by {error:.2g}, largest {largest:.2g}"
 
 
-def differentiated(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def differentiated(model: Any, inputs: dict[str, Any], run: Any = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Prediction of what is no padding, loss and the gradients of all parameters."""
     model.zero_grad()
-    output = model(**inputs)
+    output = (model if run is None else run)(**inputs)
     output.loss.backward()
     grads = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
     found = prediction(output).detach()
@@ -412,14 +413,15 @@ def test_parts_of_a_model_keep_their_own_attention_to_return_to() -> None:
     from transformers import CLIPConfig, CLIPModel
 
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    config = CLIPConfig(text_config=dict(vocab_size=64, **small), vision_config=dict(image_size=8, patch_size=4, **small))
+    parts = dict(text_config=dict(vocab_size=64, **small), vision_config=dict(image_size=8, patch_size=4, **small))
+    config = CLIPConfig(**parts)
     model = CLIPModel._from_config(config, attn_implementation={"text_config": "sdpa", "vision_config": "eager"})
     model = model.double().eval()
     inputs = dict(input_ids=tokens(2, 9), pixel_values=torch.randn(2, 3, 8, 8, dtype=torch.float64))
     want = model(**inputs).logits_per_image
     with enabled(model):
-        parts = [model.text_model.config._attn_implementation, model.vision_model.config._attn_implementation]
-        assert [part.rpartition("_")[2] for part in parts] == ["sdpa", "eager"]
+        names = [part.config._attn_implementation for part in (model.text_model, model.vision_model)]
+        assert [name.rpartition("_")[2] for name in names] == ["sdpa", "eager"]
         close(model(**inputs).logits_per_image, want, LOOSE)
     assert model.text_model.config._attn_implementation == "sdpa"
     assert model.vision_model.config._attn_implementation == "eager"
@@ -429,7 +431,7 @@ def test_parts_of_a_model_keep_their_own_attention_to_return_to() -> None:
 def test_short_sequences_keep_the_models_own_attention(own: str, calls: list[dict[str, Any]]) -> None:
     model, inputs = built("bert")
     model.set_attn_implementation(own)
-    short = {name: x[:, 5:15] for name, x in inputs.items()}
+    short = {name: x[:, 5:15].contiguous() for name, x in inputs.items()}
     want, want_short = (differentiated(model, x)[0] for x in (inputs, short))
     with enabled(model, min_seqlen=SEQLEN):
         close(differentiated(model, short)[0], want_short, EXACT)
@@ -499,15 +501,12 @@ def test_windows_that_layers_do_not_pass_on_are_kept() -> None:
 
 def test_a_decoder_may_be_told_to_look_both_ways() -> None:
     model, inputs = built("llama")
-    causal = model(**inputs).logits
-    model.config.is_causal = False
-    want = model(**inputs).logits
-    assert float((want - causal).abs().max()) > 1e-2
+    causal, want = model(**inputs).logits, model(**inputs, is_causal=False).logits
+    assert not torch.allclose(want, causal, atol=1e-2)
     with enabled(model):
+        close(model(**inputs, is_causal=False).logits, want, LOOSE)
+        model.config.is_causal = False
         close(model(**inputs).logits, want, LOOSE)
-        model.config.is_causal = True
-        with pytest.raises(ValueError, match="is_causal=False contradicts"):
-            model(**inputs, is_causal=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -533,3 +532,164 @@ def test_rows_that_see_nothing_are_zero_not_nan(calls: list[dict[str, Any]]) -> 
     assert bool(logits.isfinite().all()) and bool(loss.isfinite())
     assert all(bool(x.isfinite().all()) for x in grads.values())
     assert any(call.get("mask") is not None and call["window"] == (WINDOW - 1, None) for call in calls)
+
+
+@pytest.mark.parametrize("name", ["cache", "indices", "block_indices", "head_mask", "anything_else"])
+def test_arguments_that_would_change_the_result_raise(name: str) -> None:
+    from flash.integrations.transformers import attend
+
+    q = torch.randn(1, 2, 4, 8)
+    attend(torch.nn.Identity(), q, q, q, None, **{name: None}, use_cache=True)
+    with pytest.raises(NotImplementedError, match=name):
+        attend(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(1)})
+
+
+def test_calls_that_cannot_be_meant_raise() -> None:
+    from flash.integrations.transformers import attend
+    from flash.integrations.transformers_masks import Visibility
+
+    q, starts = torch.randn(2, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        attend(torch.nn.Identity(), q, q, q, torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="batch of one"):
+        attend(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+    causal = Visibility(True, None, 4).mask("cpu")
+    attend(torch.nn.Identity(), q, q, q, causal)
+    with pytest.raises(ValueError, match="is_causal=False contradicts"):
+        attend(torch.nn.Identity(), q, q, q, causal, is_causal=False)
+    model, inputs = built("llama")
+    with enabled(model), pytest.raises(NotImplementedError, match="output_attentions"):
+        model(**inputs, output_attentions=True)
+
+
+def test_continuous_batching_takes_transformers_own_names_alone() -> None:
+    # when this fails, transformers serves other names: see what it passes as `cache` then
+    model, _ = built("llama")
+    model.generation_config.eos_token_id = -1
+    with enabled(model), pytest.raises(ValueError, match="not supported for continuous batching"):
+        model.init_continuous_batching().switch_to_cb_friendly_attn(model, False)
+
+
+PACKED = torch.cat([torch.arange(7), torch.arange(12)])[None]
+COMPILED: dict[str, dict[str, Any]] = {
+    "llama": {"position_ids": PACKED, "use_cache": False},  # might be packed: who sees whom, pair by pair
+    "gemma2": {"attention_mask": torch.ones(2, SEQLEN, dtype=torch.long)},  # not looked at: a padding mask
+    "gpt_oss": {},  # documents by its positions
+    "bert": {},
+}
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_a_model_compiles_without_a_graph_break(family: str) -> None:
+    torch.compiler.reset()
+    model, inputs = built(family)
+    if family == "gpt_oss":
+        model.set_experts_implementation("batched_mm")  # the eager one waits for numbers
+    inputs.update(COMPILED[family])
+    want, want_loss, want_grads = differentiated(model, inputs)
+    with enabled(model):
+        got, got_loss, got_grads = differentiated(model, inputs, torch.compile(model, fullgraph=True, backend=TRACED))
+    close(got, want, LOOSE)
+    close(got_loss, want_loss, LOOSE)
+    assert got_grads.keys() == want_grads.keys()
+    for name, grad in want_grads.items():
+        close(got_grads[name], grad, LOOSE, name)
+
+
+def test_generation_with_a_static_cache_compiles() -> None:
+    from transformers import CompileConfig
+
+    torch.compiler.reset()
+    model, inputs = built("gemma3")
+    batch = left_padded(inputs["input_ids"], (SEQLEN, 11))
+    want_tokens, want = generated(model, batch)
+    with enabled(model):
+        options = dict(cache_implementation="static", compile_config=CompileConfig(fullgraph=True, backend=TRACED))
+        got_tokens, got = generated(model, batch, **options)
+    assert torch.equal(got_tokens, want_tokens)
+    close(got, want, LOOSE)
+
+
+def pairs_of(mask: Tensor, kv_length: int, q_length: int) -> Tensor:
+    """What a mask of ours says of every pair, bool [batch, 1, q_length, kv_length]."""
+    from flash.integrations.transformers_masks import Visibility
+
+    if mask.dtype == torch.bool:
+        return mask
+    said = Visibility.of(mask)
+    j = torch.arange(kv_length)
+    i = torch.arange(q_length)[:, None] + said.keys - q_length
+    sees = (j < said.keys) & torch.ones_like(i).bool()
+    if said.causal:
+        sees = sees & (j <= i)
+    if said.left is not None:
+        sees = sees & (j >= i - said.left) & (said.causal | (j <= i + said.left))
+    sees = sees.expand(mask.shape[0], 1, q_length, kv_length).clone()
+    for rows in (said.shown, said.documents):
+        if rows is not None:
+            same = rows[:, None, :] if rows is said.shown else rows[:, :, None] == rows[:, None, :]
+            sees[..., : said.keys] &= same[:, None]
+    return sees
+
+
+def asked() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Requests as transformers' models make them: (creator, keywords)."""
+    from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
+
+    config = LlamaConfig(**DECODER)
+    config.sliding_window, config.attention_chunk_size = WINDOW, None
+    chunks = LlamaConfig(**DECODER)
+    chunks.attention_chunk_size = WINDOW
+    padding = left_padded(torch.ones(2, SEQLEN, dtype=torch.long), (SEQLEN, 8))["attention_mask"]
+    blocks = torch.tensor([-1] * 5 + [0] * 4 + [-1] * 3 + [1] * 7).expand(2, -1)
+
+    def cache(kind: Any, filled: int, **options: Any) -> Any:
+        past = kind(config=LlamaConfig(**DECODER), **options)
+        for layer in range(2 if filled else 0):
+            past.update(torch.zeros(2, 2, filled, 8), torch.zeros(2, 2, filled, 8), layer)
+        return past
+
+    of = {kind: getattr(masking_utils, f"create_{kind}_mask") for kind in (
+        "causal", "sliding_window_causal", "chunked_causal", "bidirectional", "bidirectional_sliding_window",
+    )}  # fmt: skip
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for kind, create in of.items():
+        plain = {"config": chunks if "chunk" in kind else config, "attention_mask": None, "past_key_values": None}
+        found[kind] = create, plain
+        found[f"{kind}, padded"] = create, {**plain, "attention_mask": padding}
+        if "bidirectional" in kind:
+            continue
+        found[f"{kind}, packed"] = create, {**plain, "position_ids": PACKED}
+        found[f"{kind}, blocks"] = create, {**plain, "block_sequence_ids": blocks}
+        found[f"{kind}, or"] = create, {**plain, "or_mask_function": lambda b, h, i, j: j < 3}
+        found[f"{kind}, and"] = create, {**plain, "and_mask_function": lambda b, h, i, j: j > 0}
+        for name, past in {
+            "more": cache(DynamicCache, 5), "static": cache(StaticCache, 0, max_cache_len=32),
+            "static, more": cache(StaticCache, 5, max_cache_len=32),
+        }.items():  # fmt: skip
+            found[f"{kind}, {name}"] = create, {**plain, "past_key_values": past}
+    return found
+
+
+def test_every_mask_says_of_every_pair_what_transformers_own_says() -> None:
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    from flash.integrations.transformers import register
+
+    compact = []
+    for name, (create, request) in asked().items():
+        masks = {}
+        for implementation in (register(), "pairs"):
+            AttentionMaskInterface._global_mapping["pairs"] = lambda **x: sdpa_mask(
+                **{**x, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            )
+            request["config"]._attn_implementation_internal = implementation
+            masks[implementation] = create(inputs_embeds=torch.zeros(2, SEQLEN, 32), **request)
+        del AttentionMaskInterface._global_mapping["pairs"]
+        ours, theirs = masks[register()], masks["pairs"]
+        assert torch.equal(pairs_of(ours, theirs.shape[3], SEQLEN).expand(theirs.shape), theirs), name
+        if ours.dtype != torch.bool:
+            compact.append(name)
+            assert ours.untyped_storage().nbytes() <= 2 * 32 * 8, name
+    wide = {name.split(", ", 1)[-1] for name in asked()} - {"blocks", "or", "and"}
+    assert {name for name in asked() if name.split(", ", 1)[-1] in wide and "chunk" not in name} == set(compact)
