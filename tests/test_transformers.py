@@ -22,6 +22,7 @@ pytestmark = [
 
 EXACT, LOOSE = 1e-11, 20 * torch.finfo(torch.float32).eps
 SEQLEN, WINDOW = 19, 6
+PACKED = torch.cat([torch.arange(7), torch.arange(12)])[None]  # two documents
 TRACED = "aot_eager"  # all of torch.compile but its code generator
 DECODER: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -357,6 +358,28 @@ def test_packed_documents_do_not_see_each_other(family: str, calls: list[dict[st
         close(packed, alone, LOOSE)
 
 
+def test_a_mask_that_is_given_says_that_there_is_one_document() -> None:
+    # as in transformers, which looks for packing only where no mask came
+    for family in ("llama", "gpt_oss"):
+        model, inputs = built(family)
+        inputs.update(position_ids=PACKED, attention_mask=torch.ones(2, SEQLEN, dtype=torch.long), use_cache=False)
+        want = model(**inputs).logits
+        with enabled(model):
+            close(model(**inputs).logits, want, LOOSE)
+
+
+def test_positions_may_be_written_anew_into_the_same_tensor() -> None:
+    model, inputs = built("gpt_oss")
+    positions = torch.arange(SEQLEN)[None].clone()
+    with enabled(model), torch.no_grad():
+        whole = model(**inputs, position_ids=positions).logits
+        positions.copy_(PACKED)
+        packed = model(**inputs, position_ids=positions).logits
+        alone = torch.cat([model(input_ids=x).logits for x in inputs["input_ids"].split([7, 12], 1)], 1)
+    close(packed, alone, LOOSE)
+    assert not torch.allclose(whole, alone, atol=1e-2)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_key_heads_are_never_repeated(family: str, calls: list[dict[str, Any]]) -> None:
     model, inputs = built(family)
@@ -365,6 +388,16 @@ def test_key_heads_are_never_repeated(family: str, calls: list[dict[str, Any]]) 
         generated(model, inputs)
     heads = model.config.num_key_value_heads
     assert {(call["q"].shape[1], call["k"].shape[1], call["v"].shape[1]) for call in calls} == {(4, heads, heads)}
+
+
+def test_dropout_and_determinism_are_the_models(calls: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    model, inputs = masked("ModernBert", attention_dropout=0.25, deterministic_flash_attn=True, cls_token_id=1)
+    with enabled(model):
+        model.train()(**inputs)
+        model.eval()(**inputs)
+    assert [call["dropout_p"] for call in calls] == [0.25, 0.25, 0.0, 0.0]
+    assert {call["deterministic"] for call in calls} == {True}
 
 
 def test_heads_of_values_keep_their_own_size(calls: list[dict[str, Any]]) -> None:
@@ -570,7 +603,6 @@ def test_continuous_batching_takes_transformers_own_names_alone() -> None:
         model.init_continuous_batching().switch_to_cb_friendly_attn(model, False)
 
 
-PACKED = torch.cat([torch.arange(7), torch.arange(12)])[None]
 COMPILED: dict[str, dict[str, Any]] = {
     "llama": {"position_ids": PACKED, "use_cache": False},  # might be packed: who sees whom, pair by pair
     "gemma2": {"attention_mask": torch.ones(2, SEQLEN, dtype=torch.long)},  # not looked at: a padding mask
