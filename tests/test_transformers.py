@@ -295,7 +295,9 @@ def test_generated_tokens_are_those_of_eager_attention(family: str, cache: str) 
     model, inputs = built(family)
     if family in CAUSAL:
         inputs = left_padded(inputs["input_ids"], (SEQLEN, 11))
-    options = dict(cache_implementation="static", disable_compile=True) if cache == "static" else {}
+    else:
+        inputs["decoder_input_ids"] = tokens(2, 5)
+    options: dict[str, Any] = dict(cache_implementation="static", disable_compile=True) if cache == "static" else {}
     want_tokens, want = generated(model, inputs, **options)
     with enabled(model):
         got_tokens, got = generated(model, inputs, **options)
@@ -518,18 +520,19 @@ def test_models_that_would_lose_causality_are_refused() -> None:
         enable(without)
 
 
-def test_windows_that_layers_do_not_pass_on_are_kept() -> None:
+def test_windows_that_layers_do_not_pass_on_are_kept(calls: list[dict[str, Any]]) -> None:
     from flash.integrations.transformers import enable
 
     torch.manual_seed(0)
     model, inputs = decoder(
-        "Qwen2Moe", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=0, num_experts=2,
+        "Qwen2Moe", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2, num_experts=2,
         num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
         experts_implementation="eager",
     )  # fmt: skip
     want = model(**inputs).logits
     enable(model)
     close(model(**inputs).logits, want, LOOSE)
+    assert [call["window"] for call in calls] == [(WINDOW - 1, None), None]
 
 
 def test_a_decoder_may_be_told_to_look_both_ways() -> None:
