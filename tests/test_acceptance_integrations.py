@@ -16,7 +16,6 @@ FAMILIES = (
     "llama", "gemma2", "gemma3", "gpt_oss", "bert", "modernbert", "t5", "mistral", "deepseek_v3", "whisper", "patchtst",
     "time_series_transformer",
 )  # fmt: skip
-OPEN = ("lora", "embed_long_documents")
 EXAMPLES = ("gpt", "flash_attention_demo", "lora", "generate", "embed_long_documents", "vit_block")
 
 
@@ -81,7 +80,6 @@ def test_flash_attn_has_fa2s_signatures_layout_and_alignment() -> None:
     )
 
 
-@missing("flash/integrations/transformers.py")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_serves_the_family(family: str) -> None:
     from tests.test_transformers import MODELS
@@ -90,7 +88,6 @@ def test_transformers_serves_the_family(family: str) -> None:
     hold("test_transformers", "test_logits_losses_and_gradients_are_those_of_eager_attention")
 
 
-@missing("flash/integrations/transformers.py")
 def test_transformers_generates_and_refuses() -> None:
     hold(
         "test_transformers",
@@ -154,9 +151,7 @@ def test_onnx_exports_attention_nodes_that_run() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=missing(f"examples/{n}.py")) if n in OPEN else n for n in EXAMPLES]
-)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_is_there_and_runs_small(name: str) -> None:
     assert (ROOT / "examples" / f"{name}.py").exists()
     hold("test_examples", f"test_{name}_runs")

@@ -113,3 +113,19 @@ def test_the_same_training_with_both_attentions_has_the_same_losses(tmp_path: Pa
     assert len(re.findall(r"\d s, peak memory \d+ MB", text)) == 2
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "the same tokens: yes" in run("generate", "--checkpoint", str(model), "--count", "5")
+
+
+@pytest.mark.integrations
+def test_lora_runs() -> None:
+    text = run("lora", "--steps", "3", "--seqlen", "96")
+    assert number(r"largest difference of the losses: (\S+)", text) < 1e-5  # nats; rounding of three steps in float32
+    losses = re.findall(r"loss (\S+) -> (\S+)", text)
+    assert len(losses) == 2 and all(float(last) < float(first) for first, last in losses), text
+
+
+@pytest.mark.integrations
+def test_embed_long_documents_runs() -> None:
+    text = run("embed_long_documents", "--lengths", "600", "530", "70")
+    assert number(r"largest difference of the embeddings: (\S+)", text) < 1e-6  # of vectors of length 1, float32
+    peaks = [float(x) for x in re.findall(r"peak memory (\d+) MB", text)]
+    assert len(peaks) == 2 and peaks[1] < peaks[0] / 2, text

@@ -86,6 +86,8 @@ ARROWS = {
         "flash.weights",
         "flash.footprint",
     ),
+    # its two halves: what is asked for a mask, and what reads the answer
+    "flash.integrations.transformers": ("flash.mods", "flash.attention", "flash.integrations.transformers_masks"),
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),
 }  # fmt: skip
 
