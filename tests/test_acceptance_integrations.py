@@ -105,7 +105,6 @@ def test_transformers_generates_and_refuses() -> None:
     )
 
 
-@missing("flash/integrations/neuralforecast.py")
 @pytest.mark.parametrize("model", ["TFT", "PatchTST", "iTransformer", "Informer", "Autoformer", "FEDformer"])
 def test_neuralforecast_serves_the_model_or_says_why_not(model: str) -> None:
     from tests.test_neuralforecast import MODELS
