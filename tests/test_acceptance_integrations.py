@@ -142,7 +142,6 @@ def test_modules_have_torchs_state_and_their_own_sizes() -> None:
     )
 
 
-@missing("flash/integrations/onnx.py")
 def test_onnx_exports_attention_nodes_that_run() -> None:
     hold(
         "test_onnx",

@@ -192,7 +192,7 @@ def full_attention(own: Any) -> "FullAttention":
 
 
 class FullAttention(StandIn):
-    """softmax(scale Q K^T) V in the place of a layer's inner attention; queries are [batch, seqlen, heads, head_dim]."""
+    """softmax(scale Q K^T) V, in the place of a layer's inner attention; all are [batch, seqlen, heads, head_dim]."""
 
     def __init__(self, own: Any, causal: bool = False, scale: float | None = None) -> None:
         super().__init__(own)
