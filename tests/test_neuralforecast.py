@@ -179,6 +179,7 @@ def test_full_attention_by_name_is_another_model_that_trains(name: str) -> None:
     assert last < 0.9 * first
     assert all(x.grad is not None for x in ours.parameters() if x.requires_grad)  # as DDP expects
 
+    assert repr(enable(ours, mechanism="full")) == f"{name}-full"
     back = disable(ours)
     assert repr(back) == name
     assert [type(x) for x in back.modules()] == [type(x) for x in own.modules()]
@@ -230,12 +231,12 @@ def test_disable_gives_the_model_back_and_enabling_twice_is_once() -> None:
     from flash.integrations.neuralforecast import StandIn, disable, enable
 
     for name in EXACT:
-        own = made(*EXACT[name][:1], **EXACT[name][1])
+        own = made(EXACT[name][0], **EXACT[name][1], alias="mine-full")
         ours = enable(enable(copy.deepcopy(own)))
         assert not any(isinstance(x.own[0], StandIn) for x in ours.modules() if isinstance(x, StandIn))
         back = disable(disable(ours))
         assert [(key, type(x)) for key, x in back.named_modules()] == [(key, type(x)) for key, x in own.named_modules()]
-        assert torch.equal(back(batch_of(own)), own(batch_of(own)))
+        assert torch.equal(back(batch_of(own)), own(batch_of(own))) and repr(back) == "mine-full"
         assert back.state_dict().keys() == own.state_dict().keys()
 
 
@@ -280,6 +281,8 @@ def test_tft_takes_memory_that_grows_with_the_length() -> None:
     def taken(length: int, change: Callable[[Any], Any]) -> int:
         """MiB that a forward and backward pass takes at its peak."""
         model = change(made("TFT", input_size=length - H, hidden_size=4))
+        if change is enable:
+            assert max(x.numel() for x in (*model.buffers(), *model.parameters())) < length
         inputs = batch(torch.float32, size=1, length=length - H)
 
         def memory(what: str) -> int:
@@ -352,3 +355,6 @@ def test_wrong_use_raises() -> None:
     residual = enable(made("PatchTST")).model.backbone.encoder.layers[0].self_attn.sdp_attn
     with pytest.raises(NotImplementedError, match="masks are not served"):
         residual(x, x.mT, x, attn_mask=torch.ones(1, 5, 5))
+    wide = enable(made("PatchTST", hidden_size=260, n_heads=1, encoder_layers=2))
+    with pytest.raises(ValueError, match="head_dim from 1 to 512, got 520"):
+        wide(batch())

@@ -59,7 +59,8 @@ def enable(model: Model, mechanism: str | None = None) -> Model:
     exact, others = known()
     swaps: list[tuple[torch.nn.Module, str, StandIn]] = []
     left: dict[str, str] = {}
-    renamed, served = [], False
+    renamed: list[Any] = []
+    served = False
     for one in models_of(model):
         for parent, name, child in children(one):
             if isinstance(child, StandIn):
@@ -99,13 +100,14 @@ def disable(model: Model) -> Model:
     Raises:
         TypeError: model is no model of neuralforecast and no NeuralForecast.
     """
+    _, others = known()
     for one in models_of(model):
-        for parent, name, child in list(children(one)):
-            if isinstance(child, StandIn):
-                setattr(parent, name, child.give_back())
-                if name_of(one).endswith(FULL):
-                    name = name_of(one).removesuffix(FULL)
-                    one.alias = None if name == type(one).__name__ else name
+        stand_ins = [(parent, name, child) for parent, name, child in children(one) if isinstance(child, StandIn)]
+        for parent, name, child in stand_ins:
+            setattr(parent, name, child.give_back())
+        if any(type(child.own[0]) in others for _, _, child in stand_ins):
+            name = name_of(one).removesuffix(FULL)
+            one.alias = None if name == type(one).__name__ else name
     return model
 
 
@@ -130,7 +132,7 @@ def children(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, to
 
 def name_of(model: Any) -> str:
     """What neuralforecast calls a model."""
-    return model.alias or type(model).__name__
+    return str(model.alias or type(model).__name__)
 
 
 def known() -> tuple[dict[type, Any], dict[type, str]]:

@@ -43,7 +43,7 @@ def export(
         kwargs: keywords that the model is called with. Default: none.
         dynamic_shapes: which axes vary, as torch.onnx.export takes it: names, or torch.export.Dim with a max of at most
             2 ** 30 - 512 where it is a length. Default: none.
-        opset_version: 23 or later. Default: 23.
+        opset_version: 23 or what torch.onnx.export has beyond. Default: 23.
         options: other keywords of torch.onnx.export.
 
     Returns:
