@@ -103,7 +103,6 @@ def test_transformers_generates_and_refuses() -> None:
     )
 
 
-@missing("flash/integrations/neuralforecast.py")
 @pytest.mark.parametrize("model", ["TFT", "PatchTST", "iTransformer", "Informer", "Autoformer", "FEDformer"])
 def test_neuralforecast_serves_the_model_or_says_why_not(model: str) -> None:
     from tests.test_neuralforecast import MODELS
@@ -140,7 +139,6 @@ def test_modules_have_torchs_state_and_their_own_sizes() -> None:
     )
 
 
-@missing("flash/integrations/onnx.py")
 def test_onnx_exports_attention_nodes_that_run() -> None:
     hold(
         "test_onnx",
