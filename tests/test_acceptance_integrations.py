@@ -29,7 +29,6 @@ def missing(what: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, raises=(AssertionError, ImportError, AttributeError), reason=what)
 
 
-@missing("flash/integrations/sdpa.py")
 def test_sdpa_has_torchs_signature_and_meaning() -> None:
     from flash.integrations.sdpa import scaled_dot_product_attention
 
@@ -47,7 +46,6 @@ def test_sdpa_has_torchs_signature_and_meaning() -> None:
     )
 
 
-@missing("the context manager")
 def test_a_scope_serves_every_sdpa_call_in_it() -> None:
     hold("test_sdpa", "test_calls_in_the_scope_are_ours_and_those_outside_are_torchs")
 
