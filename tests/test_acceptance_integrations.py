@@ -50,7 +50,6 @@ def test_a_scope_serves_every_sdpa_call_in_it() -> None:
     hold("test_sdpa", "test_calls_in_the_scope_are_ours_and_those_outside_are_torchs")
 
 
-@missing("torch's registry of flash implementations")
 def test_torchs_own_registry_routes_to_us_and_back() -> None:
     hold(
         "test_sdpa_registry",

@@ -75,6 +75,7 @@ ARROWS = {
     "flash.decode": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.ring": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     "flash.nn": ("flash.mods", "flash.attention", "flash.decode", "flash.ring"),
+    "flash.integrations.sdpa_registry": ("flash.kernels.spec", "flash.problem", "flash.dispatch"),  # below autograd
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),
 }  # fmt: skip
 
