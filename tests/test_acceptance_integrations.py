@@ -60,7 +60,6 @@ def test_torchs_own_registry_routes_to_us_and_back() -> None:
     )
 
 
-@missing("flash/integrations/flash_attn.py")
 def test_flash_attn_has_fa2s_signatures_layout_and_alignment() -> None:
     from flash.integrations import flash_attn
 
