@@ -76,6 +76,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # flash-attn's keyw
     "nothing": ({}, {}),
     "causal": ({"causal": True}, {"causal": True}),
     "window": ({"window_size": (3, 2)}, {"window": (3, 2)}),
+    "window of one side": ({"window_size": (3, 0)}, {"window": (3, 0)}),
+    "window of the other": ({"window_size": (0, 2)}, {"window": (0, 2)}),
     "window to the left": ({"window_size": (4, -1)}, {"window": (4, None)}),
     "window to the right": ({"window_size": (-1, 2)}, {"window": (None, 2)}),
     "causal window": ({"window_size": (5, 0), "causal": True}, {"window": (5, 0), "causal": True}),
@@ -356,7 +358,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: flash_attn_varlen_func(*packed()[0], *packed()[1], block_table=torch.zeros(4, 1, dtype=torch.int32)),
         NotImplementedError, "block_table is not served",
     ),
-    "slopes of three heads": (lambda: flash_attn_func(*dense(), alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes"),
+    "three slopes": (lambda: flash_attn_func(*dense(), alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes must"),
     "dropout_p of 1": (lambda: flash_attn_func(*dense(), 1.0), ValueError, "dropout_p"),
 }  # fmt: skip
 

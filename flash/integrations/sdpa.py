@@ -173,11 +173,11 @@ def is_one_axis(x: torch.Tensor, sizes: torch.Size) -> bool:
 def patch() -> Iterator[None]:
     """Serve every call of torch.nn.functional.scaled_dot_product_attention while the scope is open.
 
-    The name in torch.nn.functional stands for ours until then, and for what it stood for before afterwards, also where
-    the scope is left by an exception. It is one name for the whole process: calls of all threads are served, those of
-    autograd's (activation checkpoints) among them. Scopes nest and, in several threads, overlap: the last one to close
-    gives torch its own back. What torch.compile traces inside of the scope is served, and compiled again outside; open
-    it around compiled functions, not in them. A call that cannot be served raises, as ours by name does.
+    Inside, the name in torch.nn.functional is ours; afterwards it is again what it was before, also where the scope is
+    left by an exception. It is one name for the whole process: calls of all threads are served, those of autograd's
+    (activation checkpoints) among them. Scopes nest and, in several threads, overlap: torch has its own back when all
+    are closed. What torch.compile traces inside is served, and compiled again for outside; open the scope around
+    compiled functions, not in them. A call that cannot be served raises, as ours by name does.
 
     Source: the same name is what torch.nn.functional.multi_head_attention_forward, transformers and timm look up.
     """
@@ -188,6 +188,4 @@ def patch() -> Iterator[None]:
         yield
     finally:
         with LOCK:
-            found = REPLACED.pop()
-            if not REPLACED:
-                F.scaled_dot_product_attention = found
+            F.scaled_dot_product_attention = REPLACED.pop()
