@@ -29,7 +29,6 @@ def missing(what: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, raises=(AssertionError, ImportError, AttributeError), reason=what)
 
 
-@missing("flash/integrations/sdpa.py")
 def test_sdpa_has_torchs_signature_and_meaning() -> None:
     from flash.integrations.sdpa import scaled_dot_product_attention
 
@@ -47,12 +46,10 @@ def test_sdpa_has_torchs_signature_and_meaning() -> None:
     )
 
 
-@missing("the context manager")
 def test_a_scope_serves_every_sdpa_call_in_it() -> None:
     hold("test_sdpa", "test_calls_in_the_scope_are_ours_and_those_outside_are_torchs")
 
 
-@missing("torch's registry of flash implementations")
 def test_torchs_own_registry_routes_to_us_and_back() -> None:
     hold(
         "test_sdpa_registry",
@@ -63,7 +60,6 @@ def test_torchs_own_registry_routes_to_us_and_back() -> None:
     )
 
 
-@missing("flash/integrations/flash_attn.py")
 def test_flash_attn_has_fa2s_signatures_layout_and_alignment() -> None:
     from flash.integrations import flash_attn
 

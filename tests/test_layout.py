@@ -89,6 +89,7 @@ ARROWS = {
     # its two halves: what is asked for a mask, and what reads the answer
     "flash.integrations.transformers": ("flash.mods", "flash.attention", "flash.integrations.transformers_masks"),
     "flash.integrations.onnx": ("flash.problem", "flash.ops"),  # writes out the raw op that torch.export leaves
+    "flash.integrations.sdpa_registry": ("flash.kernels.spec", "flash.problem", "flash.dispatch"),  # below autograd
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Other front doors, each a thin translation to `flash.attention.flash_attention`; import the one that you need.
 
-sdpa              torch's F.scaled_dot_product_attention: by name, in a scope, or through torch's own registry
+sdpa              torch's F.scaled_dot_product_attention, by name or in a scope
+sdpa_registry     the same and varlen_attn, below all Python, through torch's own registry
 flash_attn        the functions of the flash-attn package
 transformers      attention of Hugging Face models
 neuralforecast    attention of neuralforecast's time-series models
