@@ -25,10 +25,6 @@ def hold(module: str, *names: str) -> None:
         named_test(module, name)
 
 
-def missing(what: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=(AssertionError, ImportError, AttributeError), reason=what)
-
-
 def test_sdpa_has_torchs_signature_and_meaning() -> None:
     from flash.integrations.sdpa import scaled_dot_product_attention
 
