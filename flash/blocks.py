@@ -4,6 +4,7 @@ A BlockMask says which blocks are visible whole, and which in part by a Python c
 is asked once, for the pairs of partial blocks only, and its answers are kept on the BlockMask as bits.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,13 +52,23 @@ def blocks_of(block_mask: "BlockMask", batch: int, heads: int, seqlen_q: int, se
     marks = _marks(block_mask)
     found = cache.get((seqlen_q, seqlen_k))
     if found is None or not all(map(_same, found[0], marks)):
-        with torch.inference_mode(False):  # what is kept must do for training too
+        with torch.inference_mode(False), outside_transforms():  # what is kept must do for every later call
             found = cache[seqlen_q, seqlen_k] = marks, _build(block_mask, seqlen_q, seqlen_k)
     blocks: Blocks = found[1]
     shape = tuple(blocks.state.shape[:2])
     if shape[0] not in (1, batch) or shape[1] not in (1, heads):
         raise ValueError(f"block_mask must be of batch 1 or {batch} and heads 1 or {heads}, got {shape}")
     return blocks
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """No transform of torch.func wraps what is made in here."""
+    if not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    cleared: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+    return cleared
 
 
 def _lists(block_mask: "BlockMask") -> tuple[Any, ...]:

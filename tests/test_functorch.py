@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing import assert_close
 
 from flash import mods, reference
 from flash.attention import flash_attention
+from flash.blocks import blocks_of
+from tests import features
 
 TABLE = torch.linspace(-1, 2, 10, dtype=torch.float64).view(2, 5)
 
@@ -83,6 +86,16 @@ def test_gradients_in_a_batch_by_torchs_older_vmap_raise() -> None:
     o = flash_attention(q, q, q)
     with pytest.raises(NotImplementedError, match="is_grads_batched"):
         torch.autograd.grad(o, q, draw(5, *o.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_kept_of_a_block_mask_first_met_in_a_transform_is_no_part_of_it(name: str) -> None:
+    q, block_mask = (
+        draw(1, 2, 40, 4),
+        create_block_mask(features.staircase, None, 2, 40, 40, device="cpu", BLOCK_SIZE=16),
+    )
+    AROUND[name][0](lambda x: x.sum() * flash_attention(q, q, q, block_mask=block_mask).sum(), draw(3))
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in blocks_of(block_mask, 1, 2, 40, 40))
 
 
 @pytest.mark.parametrize("name", ["plain", "dropout_p", "bias"])

@@ -212,6 +212,17 @@ def test_private_functorch_names(transform: Any) -> None:
     assert seen_inside(transform, TRACKED) == (transform is torch.func.grad)
 
 
+def test_private_temporarily_clear_interpreter_stack() -> None:
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    def made_inside(x: torch.Tensor) -> bool:
+        with temporarily_clear_interpreter_stack():
+            return WRAPPED(torch.ones(1))
+
+    assert seen_inside(torch.func.grad, lambda x: WRAPPED(torch.ones(1)))
+    assert not seen_inside(torch.func.grad, made_inside)
+
+
 def test_private_forward_mode_switch() -> None:
     assert torch._C._is_fwd_grad_enabled()
     with forward_ad._set_fwd_grad_enabled(False):
