@@ -57,13 +57,13 @@ def memory_estimate(
         A MemoryEstimate.
 
     Raises:
-        ValueError: a size is negative, or dtype no float.
+        ValueError: a size is negative or no int, or dtype no float.
     """
     seqlen_k = seqlen if seqlen_k is None else seqlen_k
     sizes = dict(batch=batch, seqlen=seqlen, heads=heads, head_dim=head_dim, seqlen_k=seqlen_k)
     for name, size in sizes.items():
-        if size < 0:
-            raise ValueError(f"{name} must be at least 0, got {size}")
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{name} must be a whole number, at least 0, got {size!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a float, got {dtype}")
     q = batch * heads * seqlen * head_dim * dtype.itemsize

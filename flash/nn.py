@@ -355,6 +355,10 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if min(heads, 1 if heads_k is None else heads_k) < 1:
+            raise ValueError(f"heads and heads_k must be at least 1, got {heads} and {heads_k}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.heads, self.heads_k = heads, heads if heads_k is None else heads_k
         if head_dim is None and embed_dim % heads:
             raise ValueError(f"heads must divide embed_dim {embed_dim}, or head_dim be given, got {heads}")

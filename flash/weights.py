@@ -104,7 +104,9 @@ def rows_of(rows: Any, seqlen_q: int) -> list[int]:
     """The indices of the rows, from 0 up to seqlen_q."""
     if rows is None or isinstance(rows, slice):
         return list(range(seqlen_q)[rows or slice(None)])
-    indices = [int(row) for row in rows]
+    indices = rows.tolist() if isinstance(rows, Tensor) else rows
+    if not isinstance(indices, Sequence) or any(type(row) is not int for row in indices):
+        raise ValueError(f"rows must be a slice or whole numbers, got {rows!r}")
     if any(not -seqlen_q <= row < seqlen_q for row in indices):
         raise ValueError(f"rows must be within {-seqlen_q} and {seqlen_q - 1}, got {indices}")
     return [row % seqlen_q for row in indices]

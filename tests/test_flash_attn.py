@@ -359,6 +359,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         NotImplementedError, "block_table is not served",
     ),
     "three slopes": (lambda: flash_attn_func(*dense(), alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes must"),
+    "a window of one side": (lambda: flash_attn_func(*dense(), window_size=2), ValueError, "window_size must be .left"),
+    "softcap None": (lambda: flash_attn_func(*dense(), softcap=None), ValueError, "softcap must be a float"),
     "dropout_p of 1": (lambda: flash_attn_func(*dense(), 1.0), ValueError, "dropout_p"),
 }  # fmt: skip
 

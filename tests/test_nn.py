@@ -486,6 +486,8 @@ def test_a_block_trains_under_ddp(tmp_path: Any) -> None:
         ({"heads_k": 3}, "heads_k must divide heads 4, got 3"),
         ({"head_dim": 7, "rope_base": 1e4}, "head_dim must be even"),
         ({"norm": "batch"}, 'norm must be "layer" or "rms"'),
+        ({"heads_k": 0}, "heads and heads_k must be at least 1, got 4 and 0"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
     ],
 )
 def test_a_block_that_cannot_be_is_refused(options: dict[str, Any], text: str) -> None:
@@ -590,8 +592,9 @@ def test_the_torch_backend_takes_no_more_than_its_estimate_says(dtype: torch.dty
 
 
 def test_an_estimate_of_nothing_that_can_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="heads must be at least 0, got -1"):
-        memory_estimate(1, 8, -1, 4)
+    for heads in (-1, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"heads must be a whole number, at least 0, got {heads!r}"):
+            memory_estimate(1, 8, heads, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype must be a float, got torch\.int32"):
         memory_estimate(1, 8, 1, 4, torch.int32)
 
@@ -653,6 +656,10 @@ def test_attention_weights_hold_only_what_is_asked_for() -> None:
     ("options", "text"),
     [
         ({"rows": [11]}, "rows must be within -11 and 10, got"),
+        ({"rows": 3}, "rows must be a slice or whole numbers, got 3"),
+        ({"rows": [0.5]}, "rows must be a slice or whole numbers"),
+        ({"rows": [True, False, True]}, "rows must be a slice or whole numbers"),
+        ({"rows": torch.ones(11, dtype=torch.bool)}, "rows must be a slice or whole numbers"),
         ({"pool": (0, 4)}, "pool must be two whole numbers > 0"),
         ({"pool": 4}, "pool must be two whole numbers > 0"),
         ({"softcap": -1.0}, "softcap"),

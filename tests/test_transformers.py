@@ -589,10 +589,16 @@ def test_calls_that_cannot_be_meant_raise() -> None:
         attend(torch.nn.Identity(), q, q, q, torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="batch of one"):
         attend(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
-    causal = Visibility(True, None, 4).mask("cpu")
+    causal = Visibility(True, None, 4, 4).mask("cpu")
     attend(torch.nn.Identity(), q, q, q, causal)
     with pytest.raises(ValueError, match="is_causal=False contradicts"):
         attend(torch.nn.Identity(), q, q, q, causal, is_causal=False)
+    for wrong in (torch.ones(2, 1, 4, 4).tril().to(dtype) for dtype in (torch.int64, torch.int32, torch.uint8)):
+        with pytest.raises(ValueError, match="must be bool or float"):
+            attend(torch.nn.Identity(), q, q, q, wrong)
+    for cut in (causal[:, :, 1:], causal[..., 1:], causal[:, :, ::2], causal[:, :, :, :1]):
+        with pytest.raises(ValueError, match="attention_mask must"):
+            attend(torch.nn.Identity(), q, q, q, cut)
     model, inputs = built("llama")
     with enabled(model), pytest.raises(NotImplementedError, match="output_attentions"):
         model(**inputs, output_attentions=True)
@@ -645,16 +651,43 @@ def test_generation_with_a_static_cache_compiles() -> None:
     close(got, want, LOOSE)
 
 
-def pairs_of(mask: Tensor, kv_length: int, q_length: int) -> Tensor:
+@pytest.mark.parametrize("rows", [slice(None), slice(3, None), slice(0, 2), slice(1, 3)], ids=str)
+def test_a_model_may_cut_its_mask_to_some_of_its_queries(rows: slice) -> None:
+    """Gemma 4 does, to those that logits are wanted of."""
+    from flash.integrations.transformers import attend
+    from flash.integrations.transformers_masks import Visibility
+
+    q, k = torch.randn(2, 2, 4, 8).double(), torch.randn(2, 2, 6, 8).double()
+    ids = torch.tensor([[0, 0, 1, 1, 1, 1], [5, 5, 5, 5, 6, 6]])
+    for said in (Visibility(True, 2, 4, 6, ids != 5), Visibility(True, None, 4, 6, documents=ids)):
+        mask = said.mask("cpu")
+        whole = attend(torch.nn.Identity(), q, k, k, mask)
+        close(attend(torch.nn.Identity(), q[:, :, rows], k, k, mask[:, :, rows]), whole[:, rows], 1e-12)
+
+
+def test_a_mask_of_one_key_says_the_same_of_all() -> None:
+    """MiniMax asks for one at each step of generation."""
+    from flash.integrations.transformers import attend
+    from flash.integrations.transformers_masks import Visibility
+
+    q, k = torch.randn(2, 2, 1, 8).double(), torch.randn(2, 2, 6, 8).double()
+    for shown in (None, torch.tensor([[True], [False]])):
+        got = attend(torch.nn.Identity(), q, k, k, Visibility(True, None, 1, 1, shown).mask("cpu"))
+        mask = None if shown is None else shown[:, None, None].expand(2, 1, 1, 6)
+        close(got, attend(torch.nn.Identity(), q, k, k, mask, is_causal=False), 1e-12)
+
+
+def pairs_of(mask: Tensor, batch: int, kv_length: int, q_length: int) -> Tensor:
     """What a mask of ours says of every pair, bool [batch, 1, q_length, kv_length]."""
     from flash.integrations.transformers_masks import Visibility
 
     if mask.dtype == torch.bool:
         return mask
-    said = Visibility.of(mask)
+    said, first = Visibility.of(mask, batch, q_length, kv_length)
+    assert first == 0
     j = torch.arange(kv_length)
-    i = torch.arange(q_length)[:, None] + said.keys - q_length
-    sees = (j < said.keys) & torch.ones_like(i).bool()
+    i = torch.arange(q_length)[:, None] + kv_length - q_length
+    sees = (j >= 0) & torch.ones_like(i).bool()
     if said.causal:
         sees = sees & (j <= i)
     if said.left is not None:
@@ -663,7 +696,7 @@ def pairs_of(mask: Tensor, kv_length: int, q_length: int) -> Tensor:
     for rows in (said.shown, said.documents):
         if rows is not None:
             same = rows[:, None, :] if rows is said.shown else rows[:, :, None] == rows[:, None, :]
-            sees[..., : said.keys] &= same[:, None]
+            sees &= same[:, None]
     return sees
 
 
@@ -722,9 +755,9 @@ def test_every_mask_says_of_every_pair_what_transformers_own_says() -> None:
             masks[implementation] = create(inputs_embeds=torch.zeros(2, SEQLEN, 32), **request)
         del AttentionMaskInterface._global_mapping["pairs"]
         ours, theirs = masks[register()], masks["pairs"]
-        assert torch.equal(pairs_of(ours, theirs.shape[3], SEQLEN).expand(theirs.shape), theirs), name
+        assert torch.equal(pairs_of(ours, 2, theirs.shape[3], SEQLEN).expand(theirs.shape), theirs), name
         if ours.dtype != torch.bool:
             compact.append(name)
             assert ours.untyped_storage().nbytes() <= 2 * 32 * 8, name
-    wide = {name.split(", ", 1)[-1] for name in asked()} - {"blocks", "or", "and"}
+    wide = {name.split(", ", 1)[-1] for name in asked()} - {"blocks", "or", "and", "static", "static, more"}
     assert {name for name in asked() if name.split(", ", 1)[-1] in wide and "chunk" not in name} == set(compact)

@@ -311,6 +311,10 @@ def keywords_of(
     deterministic: bool,
 ) -> dict[str, Any]:
     """flash_attention's keywords."""
+    if not hasattr(window_size, "__len__") or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), got {window_size!r}")
+    if not isinstance(softcap, (int, float)):
+        raise ValueError(f"softcap must be a float, 0.0 for none, got {softcap!r}")
     left, right = (None if side < 0 else side for side in map(int, window_size))  # tensors come here too
     return dict(
         scale=softmax_scale,

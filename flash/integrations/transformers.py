@@ -112,7 +112,11 @@ def enable(model: nn.Module, min_seqlen: int = 0) -> None:
         o = softmax(scaling * q k^T + what the model adds, over the keys that its mask shows) v
 
     with windows, soft caps, sinks, position biases and packed documents, in training and in generation. Attention
-    weights are never made: output_attentions=True raises.
+    weights are never made: output_attentions=True raises where a model tells its attention of it, and others return
+    none. Documents that position_ids pack do not see each other, with a cache too, where transformers' own attention
+    lets them. A padded query that sees no key is 0 here, and a mean of all values in eager attention: a loss that is
+    taken of one, as the last before the first token of a row padded on the left, differs by that. A model that was
+    pickled as it is wants to be enabled again; save_pretrained keeps nothing of this.
 
     Args:
         model: a PreTrainedModel, or a module that holds some (peft's, sentence-transformers').
@@ -261,7 +265,7 @@ def attend(
     Args:
         module: the layer; its is_causal counts where neither a mask nor the keyword says it.
         query: [batch, heads, seqlen_q, head_dim].
-        key: [batch, heads_k, seqlen_k, head_dim], those of a static cache with room for more.
+        key: [batch, heads_k, seqlen_k, head_dim].
         value: [batch, heads_k, seqlen_k, head_dim_v].
         attention_mask: what our mask function returned, or a user's own mask that broadcasts to [batch, heads,
             seqlen_q, seqlen_k], bool (True = attend) or float, added to the score.
@@ -301,17 +305,19 @@ def attend(
     elif attention_mask.is_floating_point():
         bias = attention_mask if bias is None else bias + attention_mask
     else:
-        said = Visibility.of(attention_mask)
+        seqlen_q = query.shape[2]
+        said, row = Visibility.of(attention_mask, query.shape[0], seqlen_q, key.shape[2])
         if said.causal and is_causal is False:
             raise ValueError("is_causal=False contradicts a causal mask; set model.config.is_causal = False instead")
-        key, value = key[:, :, : said.keys], value[:, :, : said.keys]
-        bias = None if bias is None else bias[..., : said.keys]
         seen = band(said.causal, said.left)
+        first = said.keys - said.rows + row  # place of the first query among the keys
+        if row + seqlen_q != said.rows:  # the model has left out the last ones
+            seen["q_offset"] = first
         if said.shown is not None:
             seen["mask"] = said.shown[:, None, None]
         elif said.documents is not None:
-            seen["mask_mod"] = document(said.documents)
-        elif said.causal and not said.whole and cu_seq_lens_q is None and query.shape[2] == said.keys:
+            seen["mask_mod"] = document(said.documents[:, first : first + seqlen_q].contiguous(), said.documents)
+        elif said.causal and not said.whole and cu_seq_lens_q is None and seqlen_q == said.keys:
             seen["mask_mod"] = restarts(position_ids)
 
     keywords = dict(scale=scaling, softcap=softcap, sinks=s_aux, bias=bias, dropout_p=dropout, **seen)

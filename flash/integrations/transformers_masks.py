@@ -1,69 +1,94 @@
 """What the queries of a Hugging Face model may see, as a tensor that transformers carries from a model to its layers.
 
 A model asks for its mask once, by lengths, offsets, padding and a function of positions; its layers get the answer, if
-it has four axes, as it is. It is one of two:
+it has four axes, as it is, or cut to some of its queries. It is one of two:
 
-    integers    the compact form: bounds, and at most one number for each key; never one for each pair
-    bool        [batch, 1, seqlen_q, seqlen_k], who sees whom: what the compact form cannot say (chunks, image blocks),
-                steps of a static cache, and compiled calls without a mask, which might be packed
+    int64    [batch, 1, seqlen_q, seqlen_k]: the number of a Visibility, which is kept here, and of the query; one
+             number a query in memory, expanded, and beside it at most one a key
+    bool     [batch, 1, seqlen_q, seqlen_k], who sees whom: what a Visibility cannot say (chunks, image blocks), static
+             caches that are not full, whose masks transformers writes out, and what torch.compile traces
 
-The compact form is expanded over axes whose lengths are what it says, so that it occupies a byte, or a number a key:
-
-    [batch, 1 or 2, 1 or 2 + left, keys]    1: both directions, 2: causal    1: no window, 2 + left: a window
-    int8     nothing is hidden              int16    nor is it by the mask that was given
-    uint8    1 where a key is visible       int64    the document of a key, of packed sequences
-
-keys are those that are filled, of a static cache the first ones; the last query stands at the last of them. It is never
-None, which would leave to the layer's own word whether it is causal and how wide its window is: Informer's decoder says
-that it is not causal, and Qwen2-MoE's layers do not pass on their windows.
+It is never None, which would leave to the layer's own word whether it is causal and how wide its window is: Informer's
+decoder says that it is not causal, and Qwen2-MoE's layers do not pass on their windows.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+KEPT = 64  # what masks of so many say is kept: more than the forwards whose backward is still to come have
+ROWS = 2**32  # a Visibility's number times this, and the query's, make a number of a mask
+
+_kept: "OrderedDict[int, Visibility]" = OrderedDict()
+_numbers = count(1)
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> first and last number of its queries
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """What queries see: of the first `keys` keys those up to their own place, or all, as far as `left`, and not hidden.
+    """What queries see: of the keys those up to their own place, or all, as far as `left`, and not hidden.
 
-    shown is bool [batch, keys], documents int64 [batch, keys]; whole: a mask was given, so that there are no documents.
+    The last query stands at the last key. shown is bool [batch, keys], documents int64 [batch, keys]; whole: a mask was
+    given, so that there are no documents.
     """
 
     causal: bool
     left: int | None
+    rows: int
     keys: int
     shown: Tensor | None = None
     documents: Tensor | None = None
     whole: bool = False
 
     def mask(self, device: Any) -> Tensor:
-        """The compact form, [batch, 1 or 2, 1 or 2 + left, keys]."""
-        if self.shown is not None:
-            held = self.shown.to(torch.uint8)
-        elif self.documents is not None:
-            held = self.documents.to(torch.int64)
-        else:
-            held = torch.zeros(1, 1, dtype=torch.int16 if self.whole else torch.int8, device=device)
-        shape = held.shape[0], 1 + self.causal, 1 if self.left is None else 2 + self.left, self.keys
-        return held[:, None, None].expand(shape)
+        """The tensor that stands for it, int64 [batch, 1, rows, keys]."""
+        number = next(_numbers)
+        _kept[number] = self
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+        held = next((x for x in (self.shown, self.documents) if x is not None), None)
+        rows = torch.arange(number * ROWS, number * ROWS + self.rows, device=device)
+        return rows[:, None].expand(1 if held is None else held.shape[0], 1, self.rows, self.keys)
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Visibility":
-        """What a compact form says."""
-        _, causal, window, keys = mask.shape
-        row, dtype = mask[:, 0, 0], mask.dtype
-        return cls(
-            causal == 2,
-            None if window == 1 else window - 2,
-            keys,
-            row.view(torch.bool) if dtype == torch.uint8 else None,
-            row if dtype == torch.int64 else None,
-            dtype == torch.int16,
-        )
+    def of(cls, mask: Tensor, batch: int, rows: int, keys: int) -> "tuple[Visibility, int]":
+        """What a mask stands for, and the first of its queries; it must be one for `rows` queries and `keys` keys.
+
+        A mask of one key says the same of all, as it does by broadcasting elsewhere.
+
+        Raises:
+            ValueError: it is not one that `mask` made, or was cut so that nobody knows which keys it is of.
+        """
+        found = _read.get(mask)
+        if found is None and mask.dtype == torch.int64 and mask.numel() > 0:
+            found = _read[mask] = mask[0, 0, [0, -1], 0].tolist()  # waits for the device, once a forward
+        first, last = found or (0, 0)
+        number, row = divmod(first, ROWS)
+        said = _kept.get(number)
+        if said is None or last - first != mask.shape[2] - 1:
+            raise ValueError(
+                f"attention_mask must be bool or float, or of a forward that is not long ago, got {mask.dtype} of "
+                f"shape {list(mask.shape)}"
+            )
+        if not said.causal and said.left is None and said.shown is None and said.documents is None:  # of any lengths
+            return cls(False, None, rows, keys, whole=True), 0
+        held = next((len(x) for x in (said.shown, said.documents) if x is not None), 1)
+        if mask.shape[2] != rows or mask.shape[3] != said.keys or held not in (1, batch):
+            raise ValueError(
+                f"attention_mask must broadcast to {[batch, 1, rows, keys]}, got shape {list(mask.shape)}, cut from "
+                f"{said.rows} queries and {said.keys} keys"
+            )
+        if said.keys == 1 < keys and said.documents is None:
+            return cls(False, None, rows, keys, said.shown, None, True), row
+        if said.keys != keys:
+            raise ValueError(f"attention_mask must be of {keys} keys, got {said.keys}")
+        return said, row
 
 
 def visibility(
@@ -88,9 +113,11 @@ def visibility(
     from transformers.masking_utils import prepare_padding_mask
     from transformers.utils.import_utils import is_tracing
 
+    if is_tracing():
+        return None
     documents = None
     if not (allow_is_causal_skip or allow_is_bidirectional_skip):
-        documents = None if is_tracing() else packed_documents(mask_function)
+        documents = packed_documents(mask_function)
         if documents is None:
             return None
     causal = not allow_is_bidirectional_skip
@@ -103,16 +130,18 @@ def visibility(
     if local_size is not None and getattr(config, "attention_chunk_size", None) is not None:
         return None  # chunks, not a window
     keys = min(q_offset + q_length - kv_offset, kv_length) if causal else kv_length
-    if (causal or local_size is not None) and keys - q_length != q_offset - kv_offset:
+    if keys != kv_length or ((causal or local_size is not None) and keys - q_length != q_offset - kv_offset):
         return None
     left = None if local_size is None else local_size - 1 if causal else local_size
 
     shown = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if shown is not None:
         shown = shown[:, kv_offset : kv_offset + keys]
-        if not is_tracing(shown) and bool(shown.all()):
-            return Visibility(causal, left, keys, whole=True)
-    return Visibility(causal, left, keys, shown, documents)
+        if is_tracing(shown):
+            return None
+        if bool(shown.all()):
+            return Visibility(causal, left, q_length, keys, whole=True)
+    return Visibility(causal, left, q_length, keys, shown, documents)
 
 
 def pairs(q_length: int, kv_length: int, device: Any, request: dict[str, Any]) -> Tensor:
