@@ -159,6 +159,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = torch.cat([weights, zero.unsqueeze(-1)], -1)
         return output, weights if batched else weights.squeeze(0)
 
+    def memory_estimate(self, batch: int, seqlen: int) -> MemoryEstimate:
+        """Bytes that this module's attention needs beside its projections; see flash.nn.memory_estimate."""
+        return memory_estimate(batch, seqlen, self.num_heads, self.head_dim, self.out_proj.weight.dtype)
+
     def project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
         """q, k and v [.., seqlen, heads, head_dim] of inputs [.., seqlen, width], all three in one if they are same."""
         if same and self.in_proj_weight is not None:
@@ -385,6 +389,10 @@ class TransformerBlock(nn.Module):
         self.norm_mlp = normalisation()
         self.up = nn.Linear(embed_dim, hidden_dim * (2 if swiglu else 1), bias=bias, **made)
         self.down = nn.Linear(hidden_dim, embed_dim, bias=bias, **made)
+
+    def memory_estimate(self, batch: int, seqlen: int) -> MemoryEstimate:
+        """Bytes that this block's attention needs beside its projections; see flash.nn.memory_estimate."""
+        return memory_estimate(batch, seqlen, self.heads, self.head_dim, self.out.weight.dtype)
 
     def forward(
         self,

@@ -591,6 +591,12 @@ def test_the_torch_backend_takes_no_more_than_its_estimate_says(dtype: torch.dty
     assert tiles <= 40e6 < memory_estimate(1, 4096, 2, 64, torch.float32).standard_forward
 
 
+def test_modules_estimate_their_own_attention() -> None:
+    want = memory_estimate(2, 64, 4, 6, torch.float64)
+    for module in (MultiheadAttention(24, 4), TransformerBlock(24, 4, heads_k=2)):
+        assert module.double().memory_estimate(2, 64) == want
+
+
 def test_an_estimate_of_nothing_that_can_be_is_refused() -> None:
     for heads in (-1, 1.5, "2"):
         with pytest.raises(ValueError, match=f"heads must be a whole number, at least 0, got {heads!r}"):
