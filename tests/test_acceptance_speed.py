@@ -186,7 +186,8 @@ def test_the_launch_is_found_by_a_key_and_measured() -> None:
     rows, (first, later), timed = printed(MEASURE, prelude="")
     assert first == [1, 1] and later == [5, 0], "each call is launched, and checked only where its key is new"
     assert timed == 20 // 10 + 3 * 20
-    assert all(value > 0 for value in rows.values()), rows
+    served = {name: value for name, value in rows.items() if name != "SDPA: torch.func.jvp"}  # torch has none
+    assert all(value > 0 for value in served.values()), rows
     assert rows["torch.empty_like"] < rows["flash_attention"] < rows["without a plan"], rows
 
 
