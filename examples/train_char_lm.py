@@ -33,7 +33,7 @@ class Options:
     width: int = 128
     heads: int = 4
     layers: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     seed: int = 0
     threads: int = 2
 
