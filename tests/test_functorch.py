@@ -46,12 +46,12 @@ OF_A_TABLE: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("no_grad", [False, True])
-@pytest.mark.parametrize("name", OF_A_TABLE)
+@pytest.mark.parametrize(
+    ("name", "no_grad"),
+    [(name, no_grad) for name in OF_A_TABLE for no_grad in (False, True) if not (no_grad and "backward" in name)],
+)
 def test_a_derivative_by_what_a_user_function_reads_raises(name: str, no_grad: bool) -> None:
     """It would be zeros, in silence."""
-    if no_grad and name.startswith("backward"):
-        pytest.skip("nothing is asked for there")
     with (
         torch.set_grad_enabled(not no_grad),
         pytest.raises(NotImplementedError, match="pass what is\\s+learned as bias"),
