@@ -49,7 +49,8 @@ def test_generate_runs() -> None:
     assert len(set(line.partition("\nthe same")[0])) > 5  # not a model that repeats itself
 
 
-@pytest.mark.parametrize("head_dim", [72, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [72, 80])
 def test_vit_block_runs(head_dim: int) -> None:
     options = ["--size", "32", "--steps", "4", "--heads", "2", "--layers", "1", "--head-dim", str(head_dim)]
     assert number(r"largest difference of the losses: (\S+)", run("vit_block", *options)) < 1e-5  # nats, float32
