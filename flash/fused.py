@@ -226,7 +226,7 @@ def parts(call: Call, head_dim: int) -> Iterator[Part]:
     batch, heads, seqlen_q, _ = q.shape
     heads_k, seqlen_k = k.shape[1:3]
     group = heads // heads_k
-    fits = tiling.TILE_BYTES // (max(seqlen_q, seqlen_k) * head_dim * accumulator_dtype(q).itemsize)
+    fits = tiling.NARROW_BYTES // (max(seqlen_q, seqlen_k) * head_dim * accumulator_dtype(q).itemsize)
     pairs = max(fits, torch.get_num_threads())  # the fused backward runs one thread a head
     step_h = min(heads_k, pairs)
     step_b = max(1, pairs // heads_k) if call.mods.q_offset is None else 1

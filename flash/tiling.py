@@ -15,7 +15,7 @@ from flash.kernels.spec import Blocks, Mods, Positions, Spans, Spec
 
 TILE_BYTES = 8 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 NARROW_ROWS = 128  # of a tile where rows far apart see other keys: more rows share a load, fewer visit less in vain
-NARROW_BYTES = 2 * 2**20  # of a temporary there: wider ones would take more heads at a time, not more rows
+NARROW_BYTES = 2 * 2**20  # of a temporary there and in fused calls: wider ones take more heads at a time, not rows
 FARTHEST = 2**40  # no offset is larger, so that positions fit int64
 
 

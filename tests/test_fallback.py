@@ -67,6 +67,7 @@ def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "serves", lambda *operands: False)
     if "small" in way:
         monkeypatch.setattr(tiling, "TILE_BYTES", 4096)
+        monkeypatch.setattr(tiling, "NARROW_BYTES", 4096)
         monkeypatch.setattr(tiling, "NARROW_ROWS", 8)
 
 
@@ -157,6 +158,7 @@ def test_rows_without_keys_return_zero(way: str) -> None:
 def test_nan_reaches_only_what_sees_it(monkeypatch: pytest.MonkeyPatch, name: str, bad: float) -> None:
     for tile_bytes in (tiling.TILE_BYTES, 1024):
         monkeypatch.setattr(tiling, "TILE_BYTES", tile_bytes)
+        monkeypatch.setattr(tiling, "NARROW_BYTES", tile_bytes)
         x = inputs(33, 33, torch.float32, (8, 8), causal=True)
         want = run(x)
         dirty = getattr(x, name).clone()
