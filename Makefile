@@ -49,7 +49,7 @@ test-slow: $(READY) ## what `make test` leaves out
 	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "slow and not aot and not gpu"
 	$(PY) $(PYTEST) -m "slow and aot"
 
-test-integrations: .venv-integrations/.ready ## other people's models: installs transformers, neuralforecast, ... (0.9 GB) beside
+test-integrations: .venv-integrations/.ready ## other people's models: installs transformers, neuralforecast, ... (some 1 GB) beside
 	.venv-integrations/bin/python $(PYTEST) -m integrations
 
 test-all: test test-slow test-integrations ## all three

@@ -47,7 +47,7 @@ def gradient(ds, qk, at, mods, sizes, scale, spec: tl.constexpr):
     if spec.raw:
         return ds, ds
     else:
-        ds_dz, dz_dx = slopes(qk, at, mods, sizes, scale, spec)
+        ds_dz, dz_dx = factors(qk, at, mods, sizes, scale, spec)
         dz = ds * ds_dz
         return dz, dz * dz_dx
 
@@ -57,7 +57,7 @@ def tangent(tqk, qk, at, mods, sizes, scale, spec: tl.constexpr):
     """The tangent of s, natural, from those of q.k, bias and slopes; where pairs are hidden, not yet 0."""
     t = tqk * tl.cast(scale, tqk.dtype)
     if not spec.raw:
-        ds_dz, dz_dx = slopes(qk, at, mods, sizes, scale, spec)
+        ds_dz, dz_dx = factors(qk, at, mods, sizes, scale, spec)
         t *= dz_dx
         if mods.bias_tangent is not None:
             t += element(mods.bias_tangent, at, sizes, spec.bias_rows, spec.bias_cols).to(t.dtype)
@@ -69,8 +69,8 @@ def tangent(tqk, qk, at, mods, sizes, scale, spec: tl.constexpr):
 
 
 @triton.jit
-def slopes(qk, at, mods, sizes, scale, spec: tl.constexpr):
-    """ds/dz and dz/dx, of the lines of the score that are not linear; 1.0 where there is none."""
+def factors(qk, at, mods, sizes, scale, spec: tl.constexpr):
+    """ds/dz and dz/dx, the chain rule's factors of the lines that are not linear; 1.0 where there is none."""
     ds_dz, dz_dx = 1.0, 1.0
     x = qk * tl.cast(scale, qk.dtype)
     if mods.score_fn is not None:
