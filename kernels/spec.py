@@ -48,6 +48,7 @@ LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a Config may be, by th
     "forward": PLAIN | {"ahead": (False, True)},
     "dkdv": PLAIN,
     "dq": PLAIN,
+    "decode": PLAIN,
     # four warps for each 64 queries of a program, or keys
     "hopper_forward": PLAIN | {"block_m": (128, 192), "num_warps": (8, 12)},
     "hopper_backward": PLAIN | {"block_m": (64,), "block_n": (128,), "num_warps": (8,)},
@@ -201,6 +202,44 @@ class Operands(NamedTuple):
     score_args: Any = None  # pointers
     mask_fn: Any = None
     mask_args: Any = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of sequences that grow, tensors of torch: a slot for each sequence, or pages that a table lists.
+
+    Args:
+        k: [slots, heads_k, max_seqlen, head_dim]; with a table [pages, heads_k, page_size, head_dim]. Any strides.
+        v: likewise, of head_dim_v.
+        seqlens: int32 [batch], keys that each sequence has; those of this call not counted.
+        table: int32 [slots, max_pages]: position p of a sequence is in page table[slot, p // page_size]; or None.
+        slots: int32 [batch], the slot of each sequence; None: its own number.
+        leftpad: int32 [batch], keys at the front that nobody sees, and that positions of rotary embedding leave out.
+        k_scale: float32 [batch or 1, heads_k or 1], what stored keys are multiplied by; None: 1.
+        v_scale: likewise for values.
+    """
+
+    k: Any
+    v: Any
+    seqlens: Any
+    table: Any = None
+    slots: Any = None
+    leftpad: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding: pairs of a head's first 2 * cos.shape[1] dimensions turn with the position.
+
+    Args:
+        cos: [positions, pairs], of any float dtype.
+        sin: likewise.
+        interleaved: pair n is dimensions 2n and 2n + 1 (GPT-J), in place of n and n + pairs (GPT-NeoX).
+    """
+
+    cos: Any
+    sin: Any
+    interleaved: bool = False
 
 
 class Site(NamedTuple):
