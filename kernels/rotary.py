@@ -38,8 +38,9 @@ def prepare(rotary: Rotary | None) -> tuple[Angles | None, Turn]:
     """What kernels are given of a `Rotary`."""
     if rotary is None or rotary.cos.shape[1] == 0:
         return None, Turn()
-    cos, sin = rotary.cos, rotary.sin
-    return Angles(cos, sin, *cos.stride(), *sin.stride(), cos.shape[0]), Turn(cos.shape[1], rotary.interleaved)
+    positions, pairs = rotary.cos.shape
+    (cos_s, cos_d), (sin_s, sin_d) = rotary.cos.stride(), rotary.sin.stride()
+    return Angles(rotary.cos, rotary.sin, cos_s, cos_d, sin_s, sin_d, positions), Turn(pairs, rotary.interleaved)
 
 
 @triton.jit
