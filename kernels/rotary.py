@@ -34,7 +34,7 @@ class Turn(NamedTuple):
     interleaved: bool = False
 
 
-def prepare(rotary: Rotary | None) -> tuple[Angles | None, Turn]:
+def angles_of(rotary: Rotary | None) -> tuple[Angles | None, Turn]:
     """What kernels are given of a `Rotary`."""
     if rotary is None or rotary.cos.shape[1] == 0:
         return None, Turn()
@@ -44,7 +44,7 @@ def prepare(rotary: Rotary | None) -> tuple[Angles | None, Turn]:
 
 
 @triton.jit
-def load(x, stride_d, p, inside, angles, turn: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def turned(x, stride_d, p, inside, angles, turn: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows turned by their positions and rounded to their dtype again, 0 past DIM and for rows not inside.
 
     x: addresses of the rows' first elements [R, 1]; p: int32 positions [R, 1]; inside [R, 1] -> [R, BLOCK_D].
@@ -68,6 +68,6 @@ def load(x, stride_d, p, inside, angles, turn: tl.constexpr, DIM: tl.constexpr, 
         other = tl.load(x + (partner.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(WIDE)
         cos = tl.load(angles.cos + at * angles.cos_s + n * angles.cos_d, mask=known, other=float("nan")).to(WIDE)
         sin = tl.load(angles.sin + at * angles.sin_s + n * angles.sin_d, mask=known, other=float("nan")).to(WIDE)
-        turned = own.to(WIDE) * cos + tl.where(first[None, :], -other, other) * sin
-        own = tl.where(inside, turned.to(own.dtype), own)
+        moved = own.to(WIDE) * cos + tl.where(first[None, :], -other, other) * sin
+        own = tl.where(inside, moved.to(own.dtype), own)
     return own
