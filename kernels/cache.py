@@ -119,6 +119,18 @@ def listed(cache, extent, slot, index, inside):
 
 
 @triton.jit
+def unlisted(cache, extent, slot, begin, end, PAGE: tl.constexpr, N: tl.constexpr):
+    """A number [N] that is 0 where the pages of all positions from begin on and before end exist; N at a time."""
+    lies = tl.zeros([N], tl.int32)
+    last = tl.where(begin < end, tl.cdiv(end, PAGE), 0)
+    for index in range(begin // PAGE, last, N):
+        at = index + tl.arange(0, N)
+        _, lie = listed(cache, extent, slot, at, at < last)
+        lies |= lie
+    return lies
+
+
+@triton.jit
 def within(col, begin, end, N: tl.constexpr):
     """Which of the positions col ... col + N - 1 are from begin on and before end: [N]."""
     p = col + tl.arange(0, N)
