@@ -149,7 +149,7 @@ def test_a_step_is_in_the_form_that_backends_take() -> None:
     assert step.rotary == Rotary(x["rotary_cos"], x["rotary_sin"], True)
     assert step.new == 3 and step.num_splits == 7 and step.config == Config(16, 32)
     assert step.spec.causal and step.spec.left and not step.spec.right and not step.spec.raw and step.spec.softcap == 3
-    assert step.positions == Positions(0, 2**30 - 2**9, 0) and step.scale == HEAD_DIM**-0.5
+    assert step.positions == Positions(0, 2**30 - 2**9, 0) and step.scale == 1 / HEAD_DIM**0.5
     plain = Step.of(**good(), causal=False, window=3)
     assert plain.spec.raw and plain.spec.right and plain.positions == Positions(0, 3, 3)
     assert plain.new == 0 and plain.num_splits == 0 and plain.rotary is None
