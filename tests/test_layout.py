@@ -69,6 +69,7 @@ ARROWS = {
         "flash.checks",
         "flash.problem",
         "flash.dispatch",
+        "flash.ops",
     ),
     "flash.attention": (
         "flash.kernels.spec",
