@@ -8,6 +8,7 @@ same way.
 """
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from .checks import name_of
 from .dispatch import as_given, refusal
 from .kernels.spec import Cache, Config, Rotary
 from .step import FLOAT8, Step
+
+if TYPE_CHECKING:
+    from .kernels.launch import Launched
 
 
 def refuses(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache) -> str | None:
@@ -57,28 +61,34 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None, backend: str) -> None:
-    """Write new keys and values into a cache, by the backend that serves it."""
+def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None, backend: str) -> "Launched | None":
+    """Write new keys and values into a cache, by the backend that serves it; what was launched, if anything."""
     if chosen(backend, k.device, k.dtype, cache) == "torch":
         with as_given(k):
             gathered.append(k, v, cache, rotary)
-        return
+        return None
     from .kernels import append as kernels
 
-    kernels.append(k, v, cache, rotary)
+    return kernels.append(k, v, cache, rotary)
 
 
 def decode(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Step whose new keys are in the cache, from the backend that serves it."""
     s = step
-    call = (s.q, s.cache, s.new, s.rotary, s.mods, s.spec, s.scale, s.positions)
     if chosen(s.backend, s.q.device, s.q.dtype, s.cache) == "torch":
         with as_given(s.q):
-            return gathered.decode(*call)
+            return gathered.decode(s.q, s.cache, s.new, s.rotary, s.mods, s.spec, s.scale, s.positions)
+    (o, lse, *_), _ = launched_decode(s)
+    return o, lse
+
+
+def launched_decode(step: Step) -> "tuple[list[torch.Tensor], list[Launched]]":
+    """o, lse and what else Triton's kernels allocated for a Step whose new keys are in the cache; and the launches."""
     from .kernels import decode as kernels
 
-    config = tuned(s)
-    return kernels.decode(*call, splits_of(s, config), config)
+    s, config = step, tuned(step)
+    call = (s.q, s.cache, s.new, s.rotary, s.mods, s.spec, s.scale, s.positions)
+    return kernels.launched_decode(*call, splits_of(s, config), config)
 
 
 def tuned(step: Step) -> Config:

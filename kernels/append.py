@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .cache import EXTENT, Extent, Place, factor, listed, pointers, prepare, sequence
 from .float8 import encoded
-from .launch import launch, shape_of, view
+from .launch import Launched, shape_of, view
 from .rotary import angles_of, turned
 from .spec import Cache, Config, Rotary
 from .tile import origin
@@ -71,7 +71,7 @@ def append_kernel(
     put(cache.v, value, cache.v_scale, b, h, place, good, shape.head_dim_v)
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None) -> None:
+def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None) -> Launched:
     """Launch the kernel, which writes to cache.k and cache.v.
 
     Args:
@@ -79,6 +79,9 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None
         v: [batch, heads_k, new, head_dim_v], likewise.
         cache: where they go.
         rotary: turns k by its positions; None leaves it.
+
+    Returns:
+        The launch.
     """
     batch, heads, new, _ = k.shape
     bits = {name: x.view(torch.uint8) for name in ("k", "v") if (x := getattr(cache, name)).dtype.itemsize == 1}
@@ -86,4 +89,4 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None
     angles, turn = angles_of(rotary)
     programs = batch * triton.cdiv(heads * new, TILE.block_m)
     rest = (view(k), view(v), views, angles, *extent, new, heads, shape_of(k, k, v), turn, page)
-    launch(append_kernel, programs, k.device, TILE, *rest)
+    return Launched.by(append_kernel, programs, k.device, TILE, *rest)

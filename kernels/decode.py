@@ -19,7 +19,7 @@ import triton.language as tl
 from . import band, score, softmax, tile
 from . import cache as cached
 from .cache import EXTENT, Extent
-from .launch import launch, prepare, shape_of, view
+from .launch import Launched, prepare, shape_of, view
 from .rotary import angles_of, turned
 from .spec import Cache, Config, Mods, Positions, Rotary, Site, Sizes, Spec, View, dense_like
 
@@ -118,7 +118,7 @@ def decode_kernel(
             place, lie = cached.locate(caches, extent, own.slot, col, part[0], run[3], PAGE, BLOCK_N, True, PARTIAL)
             lies |= lie
             there = cached.within(col, part[0], run[3], BLOCK_N)
-            k_tile = cached.load(caches.k, h_k, place, there, shape.head_dim, shape.block_d, PARTIAL).to(TYPE)
+            k_tile = cached.load(caches.k, h_k, place, there, TYPE, shape.head_dim, shape.block_d, PARTIAL)
             qk = tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
             at = beside(rows, col, BLOCK_N)
             s = score.score(qk, at, mods, sizes, scale, spec)
@@ -126,7 +126,7 @@ def decode_kernel(
                 keep = there[None, :] if ALIKE else visible(at, part, mods, sizes, spec)
                 s = tl.where(keep, s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
-            v_tile = cached.load(caches.v, h_k, place, there, shape.head_dim_v, DV, PARTIAL).to(TYPE)
+            v_tile = cached.load(caches.v, h_k, place, there, TYPE, shape.head_dim_v, DV, PARTIAL)
             if PARTIAL and not ALIKE:  # as in `forward`: what is not finite is left out, and comes back at the end
                 strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
                 v_tile = tile.finite(v_tile)
@@ -152,7 +152,7 @@ def decode_kernel(
             col = band.start(run, t, mods, spec, 1, BLOCK_N, True)
             place, _ = cached.locate(caches, extent, own.slot, col, part[0], run[3], PAGE, BLOCK_N, True, True)
             there = cached.within(col, part[0], run[3], BLOCK_N)
-            v_tile = cached.load(caches.v, h_k, place, there, shape.head_dim_v, DV, True).to(TYPE)
+            v_tile = cached.load(caches.v, h_k, place, there, TYPE, shape.head_dim_v, DV, True)
             keep = visible(beside(rows, col, BLOCK_N), part, mods, sizes, spec).to(TYPE)
             found = (tile.finite(v_tile) != v_tile).to(TYPE)
             hit = tl.dot(keep, found, input_precision=spec.precision, out_dtype=ACC)
@@ -185,6 +185,13 @@ def merge_kernel(
     tile.store(o, o_row, b, h, i, i + 1, shape.head_dim_v)
 
 
+def converts_float8(q: torch.Tensor) -> bool:
+    """Whether Triton converts float8 to q's dtype where q is; the kernel takes the bytes elsewhere."""
+    if q.dtype == torch.float64:
+        return False
+    return not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) >= (8, 9)
+
+
 def decode(
     q: torch.Tensor,
     cache: Cache,
@@ -197,6 +204,23 @@ def decode(
     splits: int,
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse of `launched_decode`."""
+    (o, lse, *_), _ = launched_decode(q, cache, new, rotary, mods, spec, scale, positions, splits, config)
+    return o, lse
+
+
+def launched_decode(
+    q: torch.Tensor,
+    cache: Cache,
+    new: int,
+    rotary: Rotary | None,
+    mods: Mods,
+    spec: Spec,
+    scale: float,
+    positions: Positions,
+    splits: int,
+    config: Config,
+) -> tuple[list[torch.Tensor], list[Launched]]:
     """Launch the decode kernel, and the one that merges where keys are split.
 
     Args:
@@ -212,8 +236,8 @@ def decode(
         config: tile sizes and launch options; block_m is cut to the rows there are.
 
     Returns:
-        o [batch, heads, seqlen_q, head_dim_v], of q's dtype and axis order, and lse [batch, heads, seqlen_q] in natural
-        logarithm, float32 (float64 for float64).
+        o [batch, heads, seqlen_q, head_dim_v], of q's dtype and axis order, lse [batch, heads, seqlen_q] in natural
+        logarithm, float32 (float64 for float64), and what else was allocated; and the launches.
     """
     batch, heads, seqlen_q, _ = q.shape
     o = dense_like(q, cache.v.shape[3])
@@ -222,6 +246,8 @@ def decode(
         spec = spec._replace(raw=False)
     operands, spec = prepare(Mods(alibi_slopes=mods.alibi_slopes, sinks=mods.sinks), spec)
     shape = shape_of(q, cache.k, cache.v)
+    if cache.k.dtype.itemsize == 1 and not converts_float8(q):
+        cache = cache._replace(k=cache.k.view(torch.uint8), v=cache.v.view(torch.uint8))
     caches, extent, page = cached.prepare(cache)
     angles, turn = angles_of(rotary)
     if seqlen_q == 1:  # the last position: what is after it does not exist
@@ -238,9 +264,10 @@ def decode(
     lengths = (heads, seqlen_q, positions.left, positions.right, new, splits, *extent)
     args = (view(q), view(parts), lses, caches, angles, own, *lengths, scale, spec, shape, turn, page)
     programs = blocks * cache.k.shape[1] * splits * batch
-    launch(decode_kernel, programs, q.device, config, *args, alike, blocks > 1)
-    if splits > 1:
-        at_once = min(triton.next_power_of_2(splits), MERGED)
-        rest = (operands, heads, seqlen_q, splits, shape, at_once)
-        launch(merge_kernel, batch * heads * seqlen_q, q.device, config, parts, lses, view(o), lse, *rest)
-    return o, lse
+    made = [Launched.by(decode_kernel, programs, q.device, config, *args, alike, blocks > 1)]
+    if splits == 1:
+        return [o, lse], made
+    at_once = min(triton.next_power_of_2(splits), MERGED)
+    merged = (parts, lses, view(o), lse, operands, heads, seqlen_q, splits, shape, at_once)
+    made.append(Launched.by(merge_kernel, batch * heads * seqlen_q, q.device, config, *merged))
+    return [o, lse, parts, lses], made

@@ -1,7 +1,7 @@
 """How a kernel is started: its arguments, its grid, the device guard, and a clear word when a Config does not fit."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -151,3 +151,71 @@ def launch_again(compiled: Any, kernel: Any, programs: int, device: torch.device
     stream = driver.active.get_current_stream(current)
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
     return True
+
+
+class Slot(NamedTuple):
+    """Stands in a launch's arguments for tensor n of a call."""
+
+    n: int
+
+
+class Launched(NamedTuple):
+    """A launch that was made, so that it can be made again with other tensors.
+
+    Args:
+        compiled: what `launch` returned.
+        kernel: what it was given, and so on.
+        programs: how many.
+        device: of the tensors.
+        args: the kernel's arguments, BLOCK_M and BLOCK_N included.
+    """
+
+    compiled: Any
+    kernel: Any
+    programs: int
+    device: torch.device
+    args: tuple[Any, ...]
+
+    @classmethod
+    def by(cls, kernel: Any, programs: int, device: torch.device, config: Config, *args: Any) -> "Launched":
+        """Launch a kernel as `launch` does."""
+        compiled = launch(kernel, programs, device, config, *args)
+        return cls(compiled, kernel, programs, device, (*args, config.block_m, config.block_n))
+
+    def without(self, tensors: list[torch.Tensor]) -> "Launched | None":
+        """The launch with a Slot for each tensor, told by its address; None where it cannot be made again."""
+        places = {x.data_ptr(): Slot(n) for n, x in enumerate(tensors)}
+        if self.programs > 0 and self.compiled is None or len(places) < len(tensors):
+            return None
+        try:
+            return self._replace(args=tuple(emptied(x, places) for x in self.args))
+        except KeyError:  # a tensor that the call made and filled
+            return None
+
+    def again(self, tensors: list[torch.Tensor]) -> bool:
+        """Launch it on other tensors, specialised as the first ones; False, and nothing, where it cannot be."""
+        if self.programs == 0:
+            return True
+        args = tuple([filled(x, tensors) for x in self.args])
+        return launch_again(self.compiled, self.kernel, self.programs, self.device, args)
+
+
+class Holes(tuple[Any, ...]):
+    """A tuple of arguments with Slots in it, or in a tuple in it."""
+
+
+def emptied(x: Any, places: dict[int, Slot]) -> Any:
+    """An argument with Slots for tensors."""
+    if isinstance(x, torch.Tensor):
+        return places[x.data_ptr()]
+    if not isinstance(x, tuple):
+        return x
+    parts = [emptied(y, places) for y in x]
+    return Holes(parts) if any(type(y) in (Slot, Holes) for y in parts) else x
+
+
+def filled(x: Any, tensors: list[torch.Tensor]) -> Any:
+    """An argument with tensors for Slots."""
+    if type(x) is Slot:
+        return tensors[x.n]
+    return tuple([filled(y, tensors) for y in x]) if type(x) is Holes else x
