@@ -90,7 +90,22 @@ ARROWS = {
         "flash.gathered",
     ),
     "flash.cache_ops": ("flash.kernels.spec", "flash.step", "flash.dispatch_step", "flash.ops"),
-    "flash.decode": ("flash.kernels.spec", "flash.checks", "flash.step", "flash.ops", "flash.cache_ops"),
+    "flash.replays": (
+        "flash.kernels.launch",
+        "flash.step",
+        "flash.dispatch",
+        "flash.dispatch_step",
+        "flash.ops",
+        "flash.cache_ops",
+    ),
+    "flash.decode": (
+        "flash.kernels.spec",
+        "flash.checks",
+        "flash.step",
+        "flash.ops",
+        "flash.cache_ops",
+        "flash.replays",
+    ),
     "flash.merge": (),
     "flash.ring": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.dispatch", "flash.autograd"),
     # what attention_weights shows is the torch backend's own score
