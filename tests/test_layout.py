@@ -77,6 +77,7 @@ ARROWS = {
     # what attention_weights shows is the torch backend's own score
     "flash.weights": ("flash.mods", "flash.problem", "flash.tiling", "flash.scoring"),
     "flash.footprint": (),
+    "flash.paged": (),
     "flash.nn": (
         "flash.mods",
         "flash.problem",
