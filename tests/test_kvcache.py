@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache: FlashAttention-2's signature, and a slice of the grid of its own test, against the oracle."""
+"""flash_attn_with_kvcache: FlashAttention-2's signature, and a slice of its own test's grid, against the oracle."""
 
 import inspect
 import itertools
@@ -85,10 +85,7 @@ def oracle(x: dict[str, Any]) -> Decoded:
             for i in range(q.shape[2]):
                 own = start + i if y["causal"] or window is not None else start
                 q[b, :, i : i + 1] = turn(q[b, :, i : i + 1], own, cos, sin, interleaved)
-    for theirs, ours in (("softmax_scale", "scale"),):
-        if theirs in y:
-            y[ours] = y.pop(theirs)
-    return decode(q, k_cache, v_cache, k=k, v=v, window=window, **y)
+    return decode(q, k_cache, v_cache, k=k, v=v, window=window, scale=y.pop("softmax_scale", None), **y)
 
 
 def check(x: dict[str, Any], want: Decoded, tolerance: float = 1e-12, unit: float = 0.0) -> None:
