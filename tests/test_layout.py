@@ -28,6 +28,10 @@ ARROWS = {
     "flash.kernels.bias": KERNEL_PARTS,
     "flash.kernels.forward": KERNEL_PARTS,
     "flash.kernels.hopper_backward": (*KERNEL_PARTS, "flash.kernels.backward", "flash.kernels.hopper_forward"),
+    **dict.fromkeys(
+        ("flash.kernels.append", "flash.kernels.decode"),
+        (*KERNEL_PARTS, "flash.kernels.cache", "flash.kernels.rotary", "flash.kernels.float8"),
+    ),
     "flash.kernels.*": (*KERNEL_PARTS, "flash.kernels.bias"),
     "flash.twins": ("flash.kernels.spec",),
     "flash.mods": ("flash.kernels.spec", "flash.twins"),
