@@ -70,7 +70,7 @@ def test_a_cache_may_be_narrower_than_q(dtype: torch.dtype, stored: torch.dtype)
 
 
 @pytest.mark.interpret
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("names", [*PAIRS, ALL], ids=" + ".join)
 def test_triton_is_the_torch_backend(names: tuple[str, ...], place: Callable[..., torch.Tensor]) -> None:
     here = decode_cases.case(*names, dtype=torch.float32)
@@ -105,6 +105,26 @@ def test_dense_paged_and_packed_say_the_same(backend: str, place: Callable[..., 
     assert_close(found, dense, rtol=1e-6, atol=1e-6)
     assert_close(o.unflatten(0, (BATCH, rows)).transpose(1, 2), dense[0], rtol=2e-6, atol=2e-6)
     assert_close(lse.unflatten(1, (BATCH, rows)).transpose(0, 1), dense[1], rtol=2e-6, atol=2e-6)
+
+
+def test_what_float8_cannot_hold_is_its_largest() -> None:
+    """Also where a small factor makes it so; NaN stays NaN."""
+    x = decode_cases.case("append", "float8", "k_scale", dtype=torch.float32)
+    x.options["k"][:, :, 0], x.options["k"][:, :, 1], x.options["v"][:, :, 2] = 300.0, -1e30, float("nan")
+    got, want = x.run(flash_attention_decode, **by_torch), x.oracle()
+    assert (whole(got.k_cache)[0, :, 5] == torch.tensor([448.0, -144.0])[:, None]).all()  # 600, and -150 rounded
+    assert (whole(got.k_cache)[0, :, 6] == torch.tensor([-448.0, 448.0])[:, None]).all()
+    check(got._replace(o=want.o, lse=want.lse), want, 0.0)
+
+
+def test_positions_past_the_rotary_tables_make_nan() -> None:
+    x = decode_cases.case("append", "rotary", "cache_leftpad")
+    for name in ("rotary_cos", "rotary_sin"):
+        x.options[name] = x.options[name][:20]
+    got = x.run(flash_attention_decode, **by_torch)
+    assert got.o[2].isnan().all() and got.o[:2].isfinite().all()  # its last keys are at 20 to 22, its queries at 21, 22
+    assert whole(got.k_cache)[2, :, 21:, :6].isnan().all() and whole(got.k_cache)[2, :, 21:, 6:].isfinite().all()
+    check(got, x.oracle(), 1e-12)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -252,6 +272,21 @@ def test_an_append_is_a_write_that_autograd_knows_of() -> None:
         flash_attention_decode(x.q, cache, x.v_cache, **x.options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+@pytest.mark.parametrize("names", [("append", "pages of 3", "rotary"), ALL], ids=" + ".join)
+def test_without_the_ops_a_plain_call_is_the_same(names: tuple[str, ...]) -> None:
+    """Torch watches the one, and not the other: bit for bit."""
+    x = decode_cases.case(*names, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        want = x.run(flash_attention_decode)
+    assert set(counter.get_flop_counts()["Global"]) == {torch.ops.flash.decode}
+    got = x.run(flash_attention_decode)
+    assert_close(got[:2], want[:2], rtol=0, atol=0)
+    check(got, want._replace(o=want.o.double(), lse=want.lse.double()), 0.0)
+    with torch.inference_mode():
+        inference = x.run(flash_attention_decode)
+    assert_close(inference[:2], want[:2], rtol=0, atol=0)
 
 
 class Loop(torch.nn.Module):

@@ -39,6 +39,7 @@ ARROWS = {
     "flash.philox": (),
     "flash.reference": ("flash.mods",),
     "flash.reference_cache": ("flash.reference",),
+    "flash.autotune.leaf": ("flash.kernels.spec",),
     "flash.autotune.form": ("flash.kernels.spec",),
     "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
@@ -68,6 +69,7 @@ ARROWS = {
         "flash.checks",
         "flash.problem",
         "flash.dispatch",
+        "flash.ops",
     ),
     "flash.attention": (
         "flash.kernels.spec",
