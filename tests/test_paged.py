@@ -193,6 +193,18 @@ def test_a_page_holds_the_rows_of_a_head_one_after_the_other() -> None:
     assert bool((cache.v[:, [0, 1]].float() == 2).all())
 
 
+def test_nothing_is_read_from_the_device() -> None:
+    """A tensor on "meta" has nothing to read."""
+    cache = made(8, 4, device="meta")
+    one = cache.allocate()
+    cache.prepare([one], 6)
+    two = cache.fork(one, 5)
+    batch = cache.prepare([one, two], 1)  # copies a page
+    cache.rewind(one, 2)
+    cache.free(two)
+    assert batch.block_table.shape == (2, 2) and batch.cache_seqlens.is_meta and cache.used_pages == 1
+
+
 def test_numbers_are_never_given_again() -> None:
     cache = made()
     one = cache.allocate()
