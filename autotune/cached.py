@@ -45,6 +45,7 @@ def arguments(kernel: str, variant: Variant, stored: Stored) -> dict[str, Any]:
     constants = {
         "turn": Turn(stored.pairs, stored.interleaved),
         "PAGE": stored.page,
+        "ALIKE": stored.alike,
         "SEVERAL": stored.several,
         "AT_ONCE": PARTS_AT_ONCE,
     }
