@@ -1,7 +1,7 @@
 """Calls of the decode kernel on random caches, and how wrong its results may be.
 
-Whatever a call must not read is NaN (keys) or no page (tables): rows past a sequence's length or under its left padding,
-slots and pages of nobody.
+Whatever a call must not read is NaN (keys) or no page (tables): rows past a sequence's length or under its left
+padding, slots and pages of nobody.
 """
 
 from typing import Any, NamedTuple
