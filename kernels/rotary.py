@@ -68,6 +68,7 @@ def turned(x, stride_d, p, inside, angles, turn: tl.constexpr, DIM: tl.constexpr
         other = tl.load(x + (partner.to(tl.int64) * stride_d)[None, :], mask=inside, other=0.0).to(WIDE)
         cos = tl.load(angles.cos + at * angles.cos_s + n * angles.cos_d, mask=known, other=float("nan")).to(WIDE)
         sin = tl.load(angles.sin + at * angles.sin_s + n * angles.sin_d, mask=known, other=float("nan")).to(WIDE)
-        moved = own.to(WIDE) * cos + tl.where(first[None, :], -other, other) * sin
+        along, across = own.to(WIDE) * cos, other * sin
+        moved = tl.where(first[None, :], along - across, along + across)
         own = tl.where(inside, moved.to(own.dtype), own)
     return own

@@ -34,6 +34,7 @@ ARROWS = {
     "flash.blocks": ("flash.kernels.spec",),
     "flash.philox": (),
     "flash.reference": ("flash.mods",),
+    "flash.autotune.leaf": ("flash.kernels.spec",),
     "flash.autotune.form": ("flash.kernels.spec",),
     "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
