@@ -102,10 +102,11 @@ def test_any_tile(place: Place, block_m: int, block_n: int, page_size: int | Non
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5])
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 18])
 def test_any_number_of_parts(place: Place, splits: int, seqlen_q: int) -> None:
-    x = random_call(place, (113, 50, 16, 2, 0), seqlen_q=seqlen_q, dtype=torch.float16)
-    check(run(x, splits), x)
+    for dtype, sigma in ((torch.float16, 1.0), (torch.float32, 3.0)):
+        x = random_call(place, (113, 50, 16, 2, 0), heads=2, heads_k=1, seqlen_q=seqlen_q, dtype=dtype, sigma=sigma)
+        check(run(x, splits), x)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -407,6 +408,30 @@ class Hostile:
             assert equal(alone, Outputs(got.o[b : b + 1], got.lse[b : b + 1])), "a good sequence changed"
             assert torch.allclose(got.o[b].double(), want.o[b], atol=1e-5)
         return int(bad.sum())
+
+
+@pytest.mark.parametrize("page_size", [None, 3])
+def test_limits_are_kept_to_the_number(place: Place, page_size: int | None) -> None:
+    """The largest number that is right, and the next."""
+    hostile = Hostile(place, page_size)
+    x = hostile.call
+    limits = {"cache_seqlens": 12, "cache_batch_idx": 2, "cache_leftpad": 12, "block_table": len(x.k_cache) - 1}
+    want = run(x)
+    for name, limit in limits.items():
+        if name in x.options:
+            for value, lies in ((limit, False), (0, False), (limit + 1, True), (-1, True)):
+                options = {key: y.clone() for key, y in x.options.items()}
+                options[name][1] = value  # of the sequence of 12 keys, whose slot is 0
+                if name == "block_table":
+                    options[name][1] = x.options[name][1]
+                    options[name][0, 1] = value
+                changed = x._replace(options=options)
+                got = run(changed)
+                assert bool(got.lse[1].isnan().all()) == bool(got.o[1].isnan().all()) == lies, (name, value)
+                if not lies:
+                    check(got, changed)
+                for b in (0, 2):
+                    assert torch.equal(got.o[b], want.o[b]) and torch.equal(got.lse[b], want.lse[b]), (name, value)
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 3, 16])
