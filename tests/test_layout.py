@@ -25,6 +25,7 @@ ARROWS = {
     "flash.kernels.score": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.band": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.softmax": ("flash.kernels.spec", "flash.kernels.tile", "flash.kernels.score"),
+    "flash.kernels.cache": (*KERNEL_PARTS, "flash.kernels.float8"),
     "flash.kernels.bias": KERNEL_PARTS,
     "flash.kernels.forward": KERNEL_PARTS,
     "flash.kernels.hopper_backward": (*KERNEL_PARTS, "flash.kernels.backward", "flash.kernels.hopper_forward"),
