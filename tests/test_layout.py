@@ -38,6 +38,7 @@ ARROWS = {
     "flash.autotune.leaf": ("flash.kernels.spec",),
     "flash.autotune.form": ("flash.kernels.spec",),
     "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
+    "flash.autotune.decoding": ("flash.kernels.spec", "flash.autotune.form", "flash.autotune.tables"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
     "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*", "flash.mods"),
     "flash.autotune.*": ("flash.kernels.*", "flash.autotune.*", "flash.reference"),  # tools: no call passes through
