@@ -1,10 +1,11 @@
-"""Writes text with a small GPT and a cache of keys and values, with standard attention and with flash_attention.
+"""Writes text with a small GPT and a cache of keys and values: standard attention, flash_attention, and a paged cache.
 
     python -m examples.train_char_lm --save model.pt
     python -m examples.generate --checkpoint model.pt --prompt "The return statement" --count 200
 
 Without a checkpoint a model is trained here first, for --steps steps on the same text. Exact attention picks the same
-tokens; both are counted, timed and compared.
+tokens; all three are timed and compared. The first two concatenate their caches at every step; flash_attention_decode
+appends to pages in place (flash.paged.PagedCache). `examples.continuous_batching` has many requests in one such cache.
 """
 
 import argparse
@@ -61,15 +62,18 @@ def main() -> None:
     prompt = torch.tensor([[alphabet.index(character) for character in args.prompt]], device=args.device)
 
     written = {}
-    for attention in gpt.ATTENTIONS:
-        model = gpt.GPT(options, attention).to(args.device)
+    for name in (*gpt.ATTENTIONS, "paged"):
+        model = gpt.GPT(options, "flash" if name == "paged" else name).to(args.device)
         model.load_state_dict(state)
+        length = prompt.shape[1] + args.count
+        pages = gpt.Pages(model, -(-length // 16)) if name == "paged" else None
         torch.manual_seed(0)
         start = time.perf_counter()
-        written[attention] = gpt.generate(model, prompt, args.count, args.temperature)
-        print(f"{attention:>9}  {1e3 * (time.perf_counter() - start) / args.count:.1f} ms a character")
+        written[name] = gpt.generate(model, prompt, args.count, args.temperature, pages)
+        print(f"{name:>9}  {1e3 * (time.perf_counter() - start) / args.count:.1f} ms a character")
     print("".join(alphabet[token] for token in written["flash"][0].tolist()))
-    print(f"the same tokens: {'yes' if torch.equal(*written.values()) else 'no'}")
+    same = all(torch.equal(tokens, written["standard"]) for tokens in written.values())
+    print(f"the same tokens: {'yes' if same else 'no'}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ builds a preset, checks that flash and standard attention give the same logits, 
 
     model = GPT(PRESETS["small"], attention="flash")
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    text = generate(model, tokens, 100)
+    text = generate(model, tokens, 100)                             # caches that grow by concatenation
+    text = generate(model, tokens, 100, pages=Pages(model, 64))     # one cache in pages, appended to in place
 
 It holds no process groups and no device of its own, so it is wrapped as it is: DistributedDataParallel(model), or
 fully_shard(block) for each of model.blocks and then fully_shard(model).
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import flash
 from flash.nn import KeyValueCache, rotary
+from flash.paged import Batch, PagedCache
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,23 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, config: flash.Confi
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {"standard": standard, "flash": tiled}
 
 
+@dataclass(frozen=True)
+class PagedLayer:
+    """One block's part of a paged cache, for one step."""
+
+    k: Tensor  # [pages, heads_k, page_size, head_dim]
+    v: Tensor
+    batch: Batch  # where the step's sequences lie
+    cos: Tensor | None  # [positions, head_dim / 2]; None with learned positions
+    sin: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v, then attend to all keys of each sequence; keys and queries turn by their own positions."""
+        return flash.flash_attention_decode(
+            q, self.k, self.v, k=k, v=v, rotary_cos=self.cos, rotary_sin=self.sin, **self.batch._asdict()
+        )
+
+
 class Block(nn.Module):
     """Attention, then a two-layer perceptron, each normalised first and added to its input."""
 
@@ -77,19 +96,22 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | PagedLayer | None = None) -> Tensor:
         """x [batch, seqlen, width] -> the same shape; with a cache, seqlen positions after those that it holds."""
         o = self.options
         dropout = o.dropout if self.training else 0.0
         # Views, not copies: flash_attention takes any strides.
         heads = self.qkv(self.norm_attention(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split([o.heads, o.heads_k, o.heads_k], 1)
-        if o.rope_base is not None:
-            start = 0 if cache is None else len(cache)
-            q, k = rotary(q, start, o.rope_base), rotary(k, start, o.rope_base)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = self.attention(q, k, v, dropout, o.config)
+        if isinstance(cache, PagedLayer):
+            y = cache.attend(q, k, v)
+        else:
+            if o.rope_base is not None:
+                start = 0 if cache is None else len(cache)
+                q, k = rotary(q, start, o.rope_base), rotary(k, start, o.rope_base)
+            if cache is not None:
+                k, v = cache.append(k, v)
+            y = self.attention(q, k, v, dropout, o.config)
         x = x + F.dropout(self.out(y.transpose(1, 2).flatten(2)), dropout)
         return x + F.dropout(self.down(F.gelu(self.up(self.norm_mlp(x)))), dropout)
 
@@ -112,34 +134,72 @@ class GPT(nn.Module):
                 depth = 2 * options.layers if name.endswith(("out.weight", "down.weight")) else 1
                 nn.init.normal_(parameter, std=0.02 * depth**-0.5)
 
-    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, caches: Sequence[KeyValueCache | PagedLayer] | None = None) -> Tensor:
         """tokens [batch, seqlen] -> logits [batch, seqlen, vocabulary]; with caches, one a block, of what follows."""
         x = self.token(tokens)
         if self.position is not None:
-            start = 0 if caches is None else len(caches[0])
-            x = x + self.position(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+            first = None if caches is None else caches[0]
+            start = first.batch.cache_seqlens[:, None] if isinstance(first, PagedLayer) else len(first or ())
+            x = x + self.position(start + torch.arange(tokens.shape[1], device=tokens.device))
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i])
         return self.head(self.norm(x))
 
 
+class Pages:
+    """A PagedCache for a model, beside the tables of its rotary positions.
+
+    Args:
+        model: whose keys and values it holds.
+        pages: how many pages there are, for all sequences together.
+        page_size: positions in a page.
+    """
+
+    def __init__(self, model: GPT, pages: int, page_size: int = 16) -> None:
+        o, like = model.options, model.token.weight
+        head_dim = o.width // o.heads
+        self.cache = PagedCache(
+            pages, page_size, layers=o.layers, heads_k=o.heads_k, head_dim=head_dim, dtype=like.dtype,
+            device=like.device,
+        )  # fmt: skip
+        self.cos = self.sin = None
+        if o.rope_base is not None:
+            made = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+            frequencies = o.rope_base ** (-torch.arange(0, head_dim, 2, **made) / head_dim)
+            angles = torch.arange(pages * page_size, **made)[:, None] * frequencies
+            self.cos, self.sin = angles.cos(), angles.sin()
+
+    def layers(self, sequences: Sequence[int], new: int) -> list[PagedLayer]:
+        """The caches of a step that gives each sequence so many tokens more."""
+        batch = self.cache.prepare(sequences, new)
+        return [PagedLayer(k, v, batch, self.cos, self.sin) for k, v in zip(self.cache.k, self.cache.v, strict=True)]
+
+
 @torch.no_grad()
-def generate(model: GPT, tokens: Tensor, count: int, temperature: float = 0.0) -> Tensor:
+def generate(
+    model: GPT, tokens: Tensor, count: int, temperature: float = 0.0, pages: Pages | None = None
+) -> Tensor:  # fmt: skip
     """tokens [batch, seqlen] and `count` more, the likeliest each time, or drawn at a temperature above 0.
 
-    The prompt goes through the model once; then each new token alone, and the caches hold what it attends to.
+    The prompt goes through the model once; then each new token alone, and the caches, or the pages, hold what it
+    attends to.
     """
     training = model.training
     model.eval()
-    caches = [KeyValueCache() for _ in model.blocks]
+    caches: Sequence[KeyValueCache | PagedLayer] = [KeyValueCache() for _ in model.blocks]
+    sequences = [] if pages is None else [pages.cache.allocate() for _ in tokens]
     new = tokens
     for _ in range(count):
+        if pages is not None:
+            caches = pages.layers(sequences, new.shape[1])
         logits = model(new, caches)[:, -1]
         if temperature > 0:
             new = torch.multinomial((logits / temperature).softmax(-1), 1)
         else:
             new = logits.argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, new], 1)
+    for sequence in sequences:
+        pages.cache.free(sequence)
     model.train(training)
     return tokens
 

@@ -15,8 +15,9 @@ from .decode import flash_attention_decode  # noqa: E402
 from .dispatch import info  # noqa: E402
 from .kernels.spec import Config  # noqa: E402
 from .merge import merge  # noqa: E402
+from .paged import PagedCache  # noqa: E402
 
 __all__ = [
-    "Config", "__version__", "attention", "decode", "dispatch", "flash_attention", "flash_attention_decode",
-    "flash_attention_varlen", "info", "merge", "nn",
+    "Config", "PagedCache", "__version__", "attention", "decode", "dispatch", "flash_attention",
+    "flash_attention_decode", "flash_attention_varlen", "info", "merge", "nn",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 Where flash-attn is installed on a GPU, its whole test file runs against us: put the functions of
 `flash.integrations.flash_attn` in the place of those of `flash_attn` and `flash_attn.flash_attn_interface` in a
-conftest.py beside it, with `flash_attn_with_kvcache` left alone, and make `normalize_flash_attn_S` of the file return
-its first argument: it scales the weights by that kernel's own tiles, and ours are scaled.
+conftest.py beside it, and make `normalize_flash_attn_S` of the file return its first argument: it scales the weights by
+that kernel's own tiles, and ours are scaled. `flash_attn_with_kvcache` has tests/test_kvcache.py.
 """
 
 import inspect

@@ -25,6 +25,7 @@ ARROWS = {
     "flash.kernels.score": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.band": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.softmax": ("flash.kernels.spec", "flash.kernels.tile", "flash.kernels.score"),
+    "flash.kernels.cache": (*KERNEL_PARTS, "flash.kernels.float8"),
     "flash.kernels.bias": KERNEL_PARTS,
     "flash.kernels.forward": KERNEL_PARTS,
     "flash.kernels.hopper_backward": (*KERNEL_PARTS, "flash.kernels.backward", "flash.kernels.hopper_forward"),
@@ -42,6 +43,7 @@ ARROWS = {
     "flash.autotune.leaf": ("flash.kernels.spec",),
     "flash.autotune.form": ("flash.kernels.spec",),
     "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
+    "flash.autotune.decoding": ("flash.kernels.spec", "flash.autotune.form", "flash.autotune.tables"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
     "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*", "flash.mods"),
     "flash.autotune.*": ("flash.kernels.*", "flash.autotune.*", "flash.reference"),  # tools: no call passes through
@@ -111,6 +113,7 @@ ARROWS = {
     # what attention_weights shows is the torch backend's own score
     "flash.weights": ("flash.mods", "flash.problem", "flash.tiling", "flash.scoring"),
     "flash.footprint": (),
+    "flash.paged": (),
     "flash.nn": (
         "flash.mods",
         "flash.problem",
@@ -122,6 +125,19 @@ ARROWS = {
     ),
     # its two halves: what is asked for a mask, and what reads the answer
     "flash.integrations.transformers": ("flash.mods", "flash.attention", "flash.integrations.transformers_masks"),
+    # its parts: what all of its functions are called with, and the one that has a cache
+    "flash.integrations.flash_attn_arguments": (),
+    "flash.integrations.flash_attn_kvcache": (
+        "flash.kernels.spec",
+        "flash.step",
+        "flash.decode",
+        "flash.integrations.flash_attn_arguments",
+    ),
+    "flash.integrations.flash_attn": (
+        "flash.attention",
+        "flash.integrations.flash_attn_arguments",
+        "flash.integrations.flash_attn_kvcache",
+    ),
     "flash.integrations.onnx": ("flash.problem", "flash.ops"),  # writes out the raw op that torch.export leaves
     "flash.integrations.sdpa_registry": ("flash.kernels.spec", "flash.problem", "flash.dispatch"),  # below autograd
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),

@@ -6,6 +6,7 @@ Parameters, their order and their defaults are FlashAttention-2's, and so is the
 heads, head_dim], causal and windows are aligned to the last key, a side of -1 is a window without limit, a softcap of
 0.0 is none. What FlashAttention-2 refuses is served: float32 and float64, dropout beside softcap, head_dim of any size
 up to 512 without padding, head_dim of v that differs, any strides, an empty batch, machines without a GPU.
+flash_attn_with_kvcache is in `flash_attn_kvcache.py`.
 
 softmax_lse is +inf, as there, where a query sees no key. It is differentiable, which theirs is not, and beside causal
 and alibi_slopes it is that of the scores as they are documented: theirs is slope * (i + seqlen_k - seqlen_q) more.
@@ -17,6 +18,13 @@ from typing import Any
 import torch
 
 from ..attention import flash_attention, flash_attention_varlen
+from .flash_attn_arguments import check_axes, closed, keywords_of
+from .flash_attn_kvcache import flash_attn_with_kvcache
+
+__all__ = [
+    "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache",
+]  # fmt: skip
 
 Returned = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,7 +78,8 @@ def flash_attn_func(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_axes(name, x, "[batch, seqlen, heads, head_dim]")
-    keywords = keywords_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    keywords = keywords_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    keywords["deterministic"] = True if deterministic else None
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weigh(columns: torch.Tensor, p: float) -> torch.Tensor:
@@ -202,7 +211,8 @@ def flash_attn_varlen_func(
         check_axes(name, x, "[total, heads, head_dim]")
     if block_table is not None:
         raise NotImplementedError("block_table is not served: gather the pages of k and v, and pass cu_seqlens_k")
-    keywords = keywords_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    keywords = keywords_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    keywords["deterministic"] = True if deterministic else None
     longest_q, longest_k = int(max_seqlen_q), int(max_seqlen_k)
     lengths: dict[str, Any] = dict(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k
@@ -300,43 +310,6 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
-
-
-def keywords_of(
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Sequence[int],
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    deterministic: bool,
-) -> dict[str, Any]:
-    """flash_attention's keywords."""
-    if not hasattr(window_size, "__len__") or len(window_size) != 2:
-        raise ValueError(f"window_size must be (left, right), got {window_size!r}")
-    if not isinstance(softcap, (int, float)):
-        raise ValueError(f"softcap must be a float, 0.0 for none, got {softcap!r}")
-    left, right = (None if side < 0 else side for side in map(int, window_size))  # tensors come here too
-    return dict(
-        scale=softmax_scale,
-        causal=causal,
-        window=None if left is None and right is None else (left, right),
-        softcap=softcap if softcap > 0 else None,
-        alibi_slopes=alibi_slopes,
-        deterministic=True if deterministic else None,
-    )
-
-
-def check_axes(name: str, x: torch.Tensor, axes: str) -> None:
-    """Check that x has these axes; one that is a number is of that size."""
-    wanted = axes.strip("[]").split(", ")
-    sizes = zip(wanted, x.shape, strict=False)
-    if x.dim() != len(wanted) or any(axis.isdigit() and int(axis) != size for axis, size in sizes):
-        raise ValueError(f"{name} must be {axes}, got shape {list(x.shape)}")
-
-
-def closed(lse: torch.Tensor) -> torch.Tensor:
-    """lse as flash-attn has it: +inf where a query sees no key."""
-    return lse.masked_fill(lse == float("-inf"), float("inf"))
 
 
 @torch.no_grad()

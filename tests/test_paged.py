@@ -1,0 +1,260 @@
+"""PagedCache: whatever sequences do, each reads back through its table what was appended to it, and to it alone."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from flash.paged import Batch, OutOfPages, PagedCache
+
+LAYERS = 2
+
+
+def made(pages: int = 8, page_size: int = 4, **options: Any) -> PagedCache:
+    sizes: dict[str, Any] = dict(layers=LAYERS, heads_k=2, head_dim=1, head_dim_v=3, dtype=torch.float64)
+    return PagedCache(pages, page_size, **{**sizes, **options})
+
+
+def append(cache: PagedCache, batch: Batch, values: list[list[int]]) -> None:
+    """Write keys as the layers do, through a step's lengths and table: key, layer and head make up the number."""
+    for length, table, new in zip(batch.cache_seqlens.tolist(), batch.block_table.tolist(), values, strict=True):
+        for position, value in enumerate(new, length):
+            page, row = table[position // cache.page_size], position % cache.page_size
+            assert page >= 0
+            for x in (cache.k, cache.v):
+                layers, _, heads, _, _ = x.shape
+                x[:, page, :, row] = value + torch.arange(layers * heads).view(layers, heads, 1) / 8
+
+
+def contents(cache: PagedCache, sequence: int) -> list[int]:
+    """What a sequence holds, read through a table; every layer and head holds its own."""
+    batch = cache.prepare([sequence], 0)
+    (length,), (table,) = batch.cache_seqlens.tolist(), batch.block_table.tolist()
+    assert length == cache.length(sequence) and len(table) == -(-length // cache.page_size)
+    found: list[Any] = []
+    for x in (cache.k, cache.v):
+        layers, _, heads, _, d = x.shape
+        rows = x[:, table].transpose(2, 3).flatten(1, 2)[:, :length]  # [layers, length, heads, d]
+        values = rows[0, :, 0, 0]
+        want = values[:, None, None] + torch.arange(layers * heads).view(layers, 1, heads, 1) / 8
+        assert torch.equal(rows, want.expand(-1, -1, -1, d))
+        found.append(values.to(torch.int64).tolist())
+    assert found[0] == found[1]
+    return found[0]  # type: ignore[no-any-return]
+
+
+class Generations(RuleBasedStateMachine):
+    """A cache beside a dict of lists."""
+
+    sequences = Bundle("sequences")
+
+    @initialize(pages=st.integers(1, 9), page_size=st.integers(1, 5))
+    def start(self, pages: int, page_size: int) -> None:
+        self.cache, self.pages = made(pages, page_size), pages
+        self.lists: dict[int, list[int]] = {}
+        self.written = 0
+
+    @rule(target=sequences)
+    def allocate(self) -> int:
+        sequence = self.cache.allocate()
+        assert sequence not in self.lists
+        self.lists[sequence] = []
+        return sequence
+
+    @rule(data=st.data(), batch=st.lists(sequences, min_size=1, max_size=4, unique=True), wide=st.integers(0, 2))
+    def step(self, data: st.DataObject, batch: list[int], wide: int) -> None:
+        one_each = st.lists(st.integers(0, 7), min_size=len(batch), max_size=len(batch))
+        new = data.draw(st.integers(0, 7) | one_each)
+        counts = [new] * len(batch) if isinstance(new, int) else new
+        values = [list(range(self.written + 10 * i, self.written + 10 * i + n)) for i, n in enumerate(counts)]
+        self.written += 10 * len(batch)
+        after = {**self.lists, **{s: self.lists[s] + more for s, more in zip(batch, values, strict=True)}}
+        lengths = [len(after[s]) for s in batch]
+        columns = wide + max(-(-length // self.cache.page_size) for length in lengths) if wide else None
+        tables = {s: self.cache.pages(s) for s in self.lists}
+        free = self.cache.free_pages
+        try:
+            step = self.cache.prepare(batch, new, max_pages=columns)
+        except OutOfPages:
+            assert {s: self.cache.pages(s) for s in self.lists} == tables and self.cache.free_pages == free
+            assert self.needed(batch, counts) > free
+            return
+        assert self.cache.free_pages == free - self.needed(batch, counts, tables)
+        assert step.cache_seqlens.tolist() == [len(self.lists[s]) for s in batch]
+        assert step.cache_seqlens.dtype == step.block_table.dtype == torch.int32
+        assert columns is None or step.block_table.shape == (len(batch), columns)
+        append(self.cache, step, values)
+        self.lists = after
+
+    def needed(
+        self, batch: list[int], counts: list[int], tables: dict[int, tuple[int, ...]] | None = None
+    ) -> int:  # counted one sequence after the other, on tables of before
+        tables = {s: self.cache.pages(s) for s in self.lists} if tables is None else tables
+        owners = Counter(page for table in tables.values() for page in table)
+        pages = 0
+        for sequence, n in zip(batch, counts, strict=True):
+            table, length = tables[sequence], len(self.lists[sequence])
+            pages += -(-(length + n) // self.cache.page_size) - len(table)
+            if n and length % self.cache.page_size and owners[table[-1]] > 1:
+                owners[table[-1]] -= 1
+                pages += 1
+        return pages
+
+    @rule(target=sequences, data=st.data(), sequence=sequences)
+    def fork(self, data: st.DataObject, sequence: int) -> Any:
+        if len(self.lists) > 6:
+            return multiple()
+        length = data.draw(st.none() | st.integers(0, len(self.lists[sequence])))
+        free = self.cache.free_pages
+        forked = self.cache.fork(sequence, length)
+        assert forked not in self.lists and self.cache.free_pages == free
+        self.lists[forked] = self.lists[sequence][:length]
+        return forked
+
+    @rule(data=st.data(), sequence=sequences)
+    def rewind(self, data: st.DataObject, sequence: int) -> None:
+        length = data.draw(st.integers(0, len(self.lists[sequence])))
+        self.cache.rewind(sequence, length)
+        del self.lists[sequence][length:]
+
+    @rule(sequence=consumes(sequences))
+    def free(self, sequence: int) -> None:
+        self.cache.free(sequence)
+        del self.lists[sequence]
+        with pytest.raises(ValueError, match="sequence"):
+            self.cache.length(sequence)
+
+    @invariant()
+    def every_sequence_reads_what_it_wrote(self) -> None:
+        for sequence, values in getattr(self, "lists", {}).items():
+            assert contents(self.cache, sequence) == values
+
+    @invariant()
+    def every_page_is_free_or_used(self) -> None:
+        if hasattr(self, "cache"):
+            used = {page for sequence in self.lists for page in self.cache.pages(sequence)}
+            assert self.cache.used_pages == len(used) == self.pages - self.cache.free_pages
+            for sequence in self.lists:
+                assert len(set(self.cache.pages(sequence))) == len(self.cache.pages(sequence))
+
+    def teardown(self) -> None:
+        for sequence in list(getattr(self, "lists", ())):
+            self.cache.free(sequence)
+        if hasattr(self, "cache"):
+            assert self.cache.free_pages == self.pages and self.cache.used_pages == 0
+
+
+TestGenerations = Generations.TestCase
+TestGenerations.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+def test_a_shared_page_is_copied_by_who_writes_first_and_never_for_the_last() -> None:
+    cache = made(8, 4)
+    one = cache.allocate()
+    append(cache, cache.prepare([one], 6), [[*range(6)]])
+    two, three = cache.fork(one), cache.fork(one, 5)
+    assert cache.used_pages == 2 and cache.pages(one) == cache.pages(two) == cache.pages(three)
+    shared = cache.pages(one)[1]
+    append(cache, cache.prepare([two], 1), [[7]])
+    assert cache.pages(one)[1] == cache.pages(three)[1] == shared != cache.pages(two)[1]
+    append(cache, cache.prepare([three, one], 1), [[8], [9]])
+    assert cache.pages(one)[1] == shared and cache.used_pages == 4
+    assert [contents(cache, s) for s in (one, two, three)] == [[*range(6), 9], [*range(6), 7], [*range(5), 8]]
+
+
+def test_a_fork_outlives_what_it_came_from() -> None:
+    cache = made(4, 2)
+    one = cache.allocate()
+    append(cache, cache.prepare([one], 3), [[1, 2, 3]])
+    two = cache.fork(one)
+    cache.free(one)
+    assert cache.used_pages == 2
+    append(cache, cache.prepare([two], 1), [[4]])
+    assert contents(cache, two) == [1, 2, 3, 4] and cache.used_pages == 2  # the only owner writes in place
+
+
+def test_a_batch_without_sequences_is_prepared() -> None:
+    batch = made().prepare([], 1)
+    assert batch.cache_seqlens.shape == (0,) and batch.block_table.shape == (0, 0)
+
+
+def test_a_page_holds_the_rows_of_a_head_one_after_the_other() -> None:
+    cache = made(3, 4, dtype=torch.float8_e4m3fn)
+    assert cache.k.shape == (LAYERS, 3, 2, 4, 1) and cache.v.shape == (LAYERS, 3, 2, 4, 3)
+    assert cache.k.is_contiguous() and cache.v.is_contiguous() and cache.v.dtype == torch.float8_e4m3fn
+    one = cache.allocate()
+    cache.prepare([one], 1)
+    cache.v[:, cache.pages(one)[0]] = 2.0
+    cache.prepare([cache.fork(one)], 1)  # copies a page of float8
+    assert bool((cache.v[:, [0, 1]].float() == 2).all())
+
+
+def test_nothing_is_read_from_the_device() -> None:
+    """A tensor on "meta" has nothing to read."""
+    cache = made(8, 4, device="meta")
+    one = cache.allocate()
+    cache.prepare([one], 6)
+    two = cache.fork(one, 5)
+    batch = cache.prepare([one, two], 1)  # copies a page
+    cache.rewind(one, 2)
+    cache.free(two)
+    assert batch.block_table.shape == (2, 2) and batch.cache_seqlens.is_meta and cache.used_pages == 1
+
+
+def test_numbers_are_never_given_again() -> None:
+    cache = made()
+    one = cache.allocate()
+    cache.free(one)
+    assert cache.allocate() != one and cache.fork(cache.allocate()) not in (one, one + 1)
+
+
+def call_errors() -> dict[str, Any]:
+    """What is wrong, and who asks for it of a cache of 8 pages of 4, its sequence 0 of 5 keys."""
+    return {
+        "sequence": [
+            lambda c: c.prepare([0, 1], 1),
+            lambda c: c.free(1),
+            lambda c: c.fork(-1),
+            lambda c: c.rewind(7, 0),
+            lambda c: c.length(1),
+            lambda c: c.pages(1),
+        ],
+        "sequences must differ": [lambda c: c.prepare([0, 0], 1)],
+        "new must be": [lambda c: c.prepare([0], -1), lambda c: c.prepare([0], [1, 1]), lambda c: c.prepare([0], [-1])],
+        "max_pages must be at least 3": [lambda c: c.prepare([0], 4, max_pages=2)],
+        "length must be 0 to 5": [
+            lambda c: c.rewind(0, 6), lambda c: c.rewind(0, -1), lambda c: c.fork(0, 6), lambda c: c.fork(0, -1)
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("message", call_errors())
+def test_wrong_calls_are_named_and_change_nothing(message: str) -> None:
+    for call in call_errors()[message]:
+        cache = made()
+        one = cache.allocate()
+        append(cache, cache.prepare([one], 5), [[*range(5)]])
+        with pytest.raises(ValueError, match=message):
+            call(cache)
+        assert contents(cache, one) == [*range(5)] and cache.used_pages == 2
+
+
+def test_out_of_pages_says_how_many_and_changes_nothing() -> None:
+    cache = made(3, 4)
+    one, two = cache.allocate(), cache.allocate()
+    append(cache, cache.prepare([one], 5), [[*range(5)]])
+    with pytest.raises(OutOfPages, match="2 more pages are needed and 1 of 3 are free"):
+        cache.prepare([one, two], [4, 1])  # room for either
+    assert cache.length(one) == 5 and cache.length(two) == 0 and cache.free_pages == 1
+    assert issubclass(OutOfPages, RuntimeError)
+    cache.prepare([two], 4)
+
+
+@pytest.mark.parametrize("name", ["pages", "page_size", "layers", "heads_k", "head_dim", "head_dim_v"])
+def test_sizes_are_at_least_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        made(**{name: 0})
