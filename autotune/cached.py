@@ -12,7 +12,6 @@ from .space import Stored, Variant
 
 KERNELS = ("append", "decode", "merge")
 SIZES = ITEMSIZE | {"float8_e4m3fn": 1}
-PARTS_AT_ONCE = 16
 
 
 def function(kernel: str) -> Any:
@@ -52,13 +51,12 @@ def arguments(target: str, kernel: str, variant: Variant, stored: Stored) -> dic
     if stored.pairs:
         tables = pointer("fp32"), pointer("fp32")
         angles = Angles(*tables, stride, one, stride, one, stride)
-    counts = ("slots", "pages", "capacity", "new", "splits")
+    counts = ("slots", "pages", "capacity", "new", "splits", "keys")
     constants = {
         "turn": Turn(stored.pairs, stored.interleaved),
         "PAGE": stored.page,
         "ALIKE": stored.alike,
         "SEVERAL": stored.several,
-        "AT_ONCE": PARTS_AT_ONCE,
     }
     found = {
         **dict.fromkeys(("cache", "caches"), held),

@@ -9,7 +9,7 @@ side by side, so that keys are read once for all of them. Parts are cut in whole
 what is beside it in the batch changes no bit. A second kernel merges them, always in the same order.
 
 A bad sequence is NaN (see `cache`): of lies in its table a program knows those that it met, so all that read the table
-between them read the whole of what the sequence may see.
+between them read the whole of what the sequence may see. Compiled and interpreted, not yet run on a GPU.
 """
 
 import torch
@@ -23,8 +23,8 @@ from .launch import Launched, prepare, shape_of, view
 from .rotary import angles_of, turned
 from .spec import Cache, Config, Mods, Positions, Rotary, Site, Sizes, Spec, View, dense_like
 
-LENGTHS = ["heads", "seqlen_q", "left", "right", "new", "splits", *EXTENT]
-MERGED = 16  # parts that one step of the merge takes in
+LENGTHS = ["heads", "seqlen_q", "left", "right", "new", "splits", "keys", *EXTENT]
+MERGED: tl.constexpr = tl.constexpr(16)  # parts that one step of the merge takes in
 
 
 @triton.jit
@@ -41,10 +41,13 @@ def beside(rows, col, N: tl.constexpr):
 
 
 @triton.jit
-def part_of(first, total, split, splits, BLOCK_N: tl.constexpr):
-    """The keys of one of `splits` equal parts of `first` ... total - 1, cut between tiles: (begin, end)."""
+def part_of(first, total, split, splits, keys, BLOCK_N: tl.constexpr):
+    """One of the parts of keys first ... total - 1, cut between tiles: (begin, end).
+
+    Parts are `splits` equal ones, or of so many keys each, where that is not 0.
+    """
     tiles = tl.cdiv(total, BLOCK_N) - first // BLOCK_N
-    each = tl.cdiv(tiles, splits) * BLOCK_N
+    each = tl.where(keys > 0, keys, tl.cdiv(tiles, splits) * BLOCK_N)
     begin = first // BLOCK_N * BLOCK_N + split * each
     return tl.maximum(begin, first), tl.minimum(begin + each, total)
 
@@ -72,7 +75,7 @@ def visible(at, part, mods, sizes, spec: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, o, lse, caches, angles, mods, heads, seqlen_q, left, right, new, splits, slots, pages, capacity,
+    q, o, lse, caches, angles, mods, heads, seqlen_q, left, right, new, splits, keys, slots, pages, capacity,
     scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr, turn: tl.constexpr, PAGE: tl.constexpr,
     ALIKE: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +96,7 @@ def decode_kernel(
     first = own.leftpad
     if spec.left:
         first = tl.maximum(first, band.within(offset, 0, -left, 0, own.total))
-    part = part_of(first, own.total, split, splits, BLOCK_N)
+    part = part_of(first, own.total, split, splits, keys, BLOCK_N)
     lies = tl.zeros([BLOCK_N], tl.int32)
     if SEVERAL and PAGE > 0:
         lies |= cached.unlisted(caches, extent, own.slot, part[0], part[1], PAGE, BLOCK_N)
@@ -161,10 +164,13 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q", "splits"])
 def merge_kernel(
-    parts, lses, o, lse, mods, heads, seqlen_q, splits, shape: tl.constexpr, AT_ONCE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, lses, o, lse, mods, heads, seqlen_q, splits, shape: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one row, and takes in AT_ONCE of its parts [batch * splits, heads, seqlen_q, head_dim_v]."""
+    """One program owns one row, and takes in MERGED of its parts [batch * splits, heads, seqlen_q, head_dim_v] a time.
+
+    Always as many, so that a part without keys more or less changes no bit.
+    """
     ACC: tl.constexpr = lse.dtype.element_ty
     DV: tl.constexpr = shape.block_dv
     i, h, b = tile.locate(seqlen_q, heads)
@@ -172,8 +178,8 @@ def merge_kernel(
     m = tl.full([1], float("-inf"), ACC)
     l = tl.zeros([1], ACC)
     acc = tl.zeros([1, DV], ACC)
-    for start in range(0, splits, AT_ONCE):
-        split = start + tl.arange(0, AT_ONCE)
+    for start in range(0, splits, MERGED):
+        split = start + tl.arange(0, MERGED)
         row = ((b.to(tl.int64) * splits + split) * heads + h) * seqlen_q + i
         there = split < splits
         ptrs = parts + (row * shape.head_dim_v)[:, None] + dims[None, :]
@@ -203,9 +209,10 @@ def decode(
     positions: Positions,
     splits: int,
     config: Config,
+    keys: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o and lse of `launched_decode`."""
-    (o, lse, *_), _ = launched_decode(q, cache, new, rotary, mods, spec, scale, positions, splits, config)
+    (o, lse, *_), _ = launched_decode(q, cache, new, rotary, mods, spec, scale, positions, splits, config, keys)
     return o, lse
 
 
@@ -220,6 +227,7 @@ def launched_decode(
     positions: Positions,
     splits: int,
     config: Config,
+    keys: int = 0,
 ) -> tuple[list[torch.Tensor], list[Launched]]:
     """Launch the decode kernel, and the one that merges where keys are split.
 
@@ -234,6 +242,8 @@ def launched_decode(
         positions: the window's reach.
         splits: parts that a sequence's keys are cut into, at least 1; a part of a short one may be empty.
         config: tile sizes and launch options; block_m is cut to the rows there are.
+        keys: of each part, a multiple of config.block_n, so that splits times as many are no fewer than a sequence can
+            have. Default: 0, each sequence is cut into equal parts.
 
     Returns:
         o [batch, heads, seqlen_q, head_dim_v], of q's dtype and axis order, lse [batch, heads, seqlen_q] in natural
@@ -257,17 +267,17 @@ def launched_decode(
     config = config._replace(block_m=min(config.block_m, max(16, triton.next_power_of_2(rows))))
     blocks = triton.cdiv(rows, config.block_m)
     parts, lses, own = o, lse, operands
-    if splits > 1:
+    merged = splits > 1 or keys > 0  # what is merged alone rounds as beside others
+    if merged:
         parts = lse.new_empty((batch * splits, heads, seqlen_q, cache.v.shape[3]))
         lses = lse.new_empty((batch * splits, heads, seqlen_q))
         own = operands._replace(sinks=None)  # once, by the merge
-    lengths = (heads, seqlen_q, positions.left, positions.right, new, splits, *extent)
+    lengths = (heads, seqlen_q, positions.left, positions.right, new, splits, keys, *extent)
     args = (view(q), view(parts), lses, caches, angles, own, *lengths, scale, spec, shape, turn, page)
     programs = blocks * cache.k.shape[1] * splits * batch
     made = [Launched.by(decode_kernel, programs, q.device, config, *args, alike, blocks > 1)]
-    if splits == 1:
+    if not merged:
         return [o, lse], made
-    at_once = min(triton.next_power_of_2(splits), MERGED)
-    merged = (parts, lses, view(o), lse, operands, heads, seqlen_q, splits, shape, at_once)
-    made.append(Launched.by(merge_kernel, batch * heads * seqlen_q, q.device, config, *merged))
+    args = (parts, lses, view(o), lse, operands, heads, seqlen_q, splits, shape)
+    made.append(Launched.by(merge_kernel, batch * heads * seqlen_q, q.device, config, *args))
     return [o, lse, parts, lses], made

@@ -90,7 +90,7 @@ def in_pages(
     return pages[0], pages[1], table
 
 
-def run(x: Call, splits: int = 1, config: Config = SMALL) -> Outputs:
+def run(x: Call, splits: int = 1, config: Config = SMALL, keys: int = 0) -> Outputs:
     """Run the decode kernel."""
     given = dict(x.options)
     factors = {name: given.get(name) for name in ("k_scale", "v_scale")}
@@ -121,7 +121,7 @@ def run(x: Call, splits: int = 1, config: Config = SMALL) -> Outputs:
         precision=precision_of(x.q),
     )
     positions = Positions(0, left or 0, right or 0)
-    return Outputs(*decode(x.q, cache, x.new, rotary, mods, spec, scale, positions, splits, config))
+    return Outputs(*decode(x.q, cache, x.new, rotary, mods, spec, scale, positions, splits, config, keys))
 
 
 def oracle(x: Call) -> Outputs:

@@ -258,6 +258,18 @@ def test_what_is_beside_a_sequence_changes_no_bit(place: Place, seqlen_q: int, s
         assert equal(got, Outputs(together.o[b : b + 1], together.lse[b : b + 1])), b
 
 
+@pytest.mark.parametrize("lengths", [(30,), (33, 7), (113, 64)])
+def test_parts_of_so_many_keys_know_nothing_of_the_cache_around_them(place: Place, lengths: tuple[int, ...]) -> None:
+    x = random_call(place, lengths, page_size=16, dtype=torch.bfloat16, sinks=torch.randn(4))
+    table = x.options["block_table"]
+    want = run(x, -(-max(lengths) // 32), keys=32)
+    check(want, x)
+    for more in (1, 9, 40):
+        longer = torch.cat([table, place(torch.full((len(lengths), more), -1, dtype=torch.int32))], 1)
+        got = run(x._replace(options=x.options | {"block_table": longer}), -(-longer.shape[1] * 16 // 32), keys=32)
+        assert equal(got, want), more
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_the_output_is_dense_in_the_querys_axis_order(place: Place, order: tuple[int, ...], splits: int) -> None:
