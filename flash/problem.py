@@ -274,8 +274,8 @@ def intersection(one: Spans, other: Spans) -> Spans:
 
 
 def autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """q, k and v in autocast's dtype where it is on; float64 stays, as in scaled_dot_product_attention."""
-    for name, x in zip("qkv", tensors, strict=True):
+    """q, or q, k and v, in autocast's dtype where it is on; float64 stays, as in scaled_dot_product_attention."""
+    for name, x in zip("qkv", tensors, strict=False):
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     device = tensors[0].device.type

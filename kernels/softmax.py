@@ -4,7 +4,8 @@
     acc <- acc exp(m_old - m) + p v
     o   = acc / l                    lse = m + log l
 
-A sink is one more score in l, without a value. Dropout leaves l alone and thins out what acc takes in.
+A sink is one more score in l, without a value. Dropout leaves l alone and thins out what acc takes in. Results over
+parts of the keys merge as keys do: each is a value o whose score is its lse.
 
 (Milakov & Gimelshein 2018, Algorithm 3; Dao 2023, Algorithm 1.) Exponentials are base 2. Half-precision inputs fold the
 unit into one multiply-add; float32 and float64 subtract first, so that large scores keep their last bits.
@@ -36,6 +37,13 @@ def step(s, m, l, unit, PRECISE: tl.constexpr):
     p = exponential(s, pivot[:, None], unit, PRECISE)
     alpha = exponential(m, pivot, unit, PRECISE)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def merge(o, lse, m, l, acc):
+    """Results o [N, D] and lse [N] over other keys join a row: (m [1], l [1], acc [1, D])."""
+    p, alpha, m, l = step(lse[None, :], m, l, LOG2E, True)
+    return m, l, acc * alpha[:, None] + tl.sum(p[:, :, None] * o[None, :, :], 1)
 
 
 @triton.jit

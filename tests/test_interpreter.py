@@ -113,6 +113,21 @@ def test_casts_from_bfloat16_are_torchs(target: torch.dtype) -> None:
     assert same_bits(y, x.to(target))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_casts_to_and_from_float8_are_torchs(dtype: torch.dtype) -> None:
+    """Every float8, every number halfway between two of them, and what lies next to it."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = values.float().where(values.float().abs() <= 448, 0.0).sort().values
+    middle = (finite[1:] + finite[:-1]) / 2
+    x = torch.cat((values.float(), middle, middle * (1 + 2**-7), middle * (1 - 2**-7), every_kind_of_float())).to(dtype)
+    n = len(x)
+    narrow, wide = torch.empty(n, dtype=torch.float8_e4m3fn), torch.empty(256, dtype=dtype)
+    cast_kernel[(1,)](x, narrow, n, BLOCK=4 * BLOCK)
+    cast_kernel[(1,)](values, wide, 256, BLOCK=256)
+    assert same_bits(narrow.float(), x.to(torch.float8_e4m3fn).float())
+    assert same_bits(wide, values.to(dtype))
+
+
 ARITHMETIC: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,

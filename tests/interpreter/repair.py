@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from numpy.typing import NDArray
@@ -110,6 +111,27 @@ def _install_bfloat16() -> None:
     InterpreterBuilder.create_fp_to_fp = convert
     InterpreterBuilder.get_bf16 = get_bf16  # absent before 3.9.0: tl.full of a bfloat16 raised AttributeError
     ReduceOps.apply_impl = reduce
+
+
+def _install_float8() -> None:
+    """float8 (e4m3fn) as torch converts it, through float32.
+
+    https://github.com/triton-lang/triton/issues/8322 and its pull request 11897, present in 3.6.0, 3.7.1 and 3.9.0:
+    rounding up to a power of two may halve the number, ties go up, and NaN becomes 480.
+    """
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def of_float8(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if src.dtype.scalar == tl.float8e4nv:
+            wide = torch.from_numpy(src.data.copy()).view(torch.float8_e4m3fn).float().numpy()
+            wide = TensorHandle(wide, tl.float32)
+            return wide if dst_type.scalar == tl.float32 else self.cast_impl(wide, dst_type)
+        if dst_type.scalar == tl.float8e4nv:
+            data = np.array(_widen(src).data, dtype=np.float32)
+            return TensorHandle(torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
+        return convert(self, src, dst_type, rounding_mode)
+
+    InterpreterBuilder.create_fp_to_fp = of_float8
 
 
 def tree_matmul(a: Array, b: Array) -> Array:
@@ -238,6 +260,7 @@ def install() -> None:
     if getattr(GridExecutor, "repaired", False):
         return
     _install_bfloat16()
+    _install_float8()
     _install_dot()
     _install_comparison()
     _install_float_arguments()

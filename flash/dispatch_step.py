@@ -1,0 +1,91 @@
+"""Step -> implementation, with reasons: which backend serves a call of decoding, and with which tiles and splits.
+
+    triton   kernels/append.py and kernels/decode.py     GPUs, and CPU tensors under Triton's interpreter
+    torch    flash/gathered.py                           everything; reads lengths on the host
+
+Both halves of a call, the append and the attention, are asked with the same device, dtypes and widths, and so go the
+same way.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from . import gathered
+from .checks import name_of
+from .dispatch import as_given, refusal
+from .kernels.spec import Cache, Config, Rotary
+from .step import FLOAT8, Step
+
+
+def refuses(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache) -> str | None:
+    """Why a backend does not decode queries of a dtype with a cache, or None where it does."""
+    if backend == "hopper":
+        return "decoding has no Hopper kernels"
+    if backend == "torch":
+        return None
+    if reason := refusal(backend, device, dtype, max(cache.k.shape[3], cache.v.shape[3])):
+        return reason
+    if cache.k.dtype == FLOAT8 and device.type == "cuda" and not torch.version.hip:
+        if (found := torch.cuda.get_device_capability(device)) < (8, 9):
+            return f"float8_e4m3fn needs compute capability 8.9 or newer, {device} has {found[0]}.{found[1]}"
+    return None
+
+
+def chosen(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache) -> str:
+    """The backend that serves a call of decoding, and its append.
+
+    Raises:
+        NotImplementedError: the backend asked for by name does not serve it.
+    """
+    if backend == "auto":
+        # the interpreter is for tests: CPU tensors go there only when asked
+        order = ("torch",) if device.type == "cpu" else ("triton", "torch")
+        return next(name for name in order if refuses(name, device, dtype, cache) is None)
+    if reason := refuses(backend, device, dtype, cache):
+        raise NotImplementedError(
+            f"backend {backend!r} does not decode {name_of(dtype)} queries with a {name_of(cache.k.dtype)} cache of "
+            f"head_dim {cache.k.shape[3]} on {device}: {reason}; use backend='auto', which takes "
+            f"{chosen('auto', device, dtype, cache)!r}"
+        )
+    return backend
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs at once, one each; the interpreter runs one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None, backend: str) -> None:
+    """Write new keys and values into a cache, by the backend that serves it."""
+    if chosen(backend, k.device, k.dtype, cache) == "torch":
+        with as_given(k):
+            gathered.append(k, v, cache, rotary)
+        return
+    from .kernels import append as kernels
+
+    kernels.append(k, v, cache, rotary)
+
+
+def decode(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of a Step whose new keys are in the cache, from the backend that serves it."""
+    s = step
+    call = (s.q, s.cache, s.new, s.rotary, s.mods, s.spec, s.scale, s.positions)
+    if chosen(s.backend, s.q.device, s.q.dtype, s.cache) == "torch":
+        with as_given(s.q):
+            return gathered.decode(*call)
+    from .kernels import decode as kernels
+
+    config = tuned(s)
+    return kernels.decode(*call, splits_of(s, config), config)
+
+
+def tuned(step: Step) -> Config:
+    """The Config of the decode kernel: the user's, or the tables'."""
+    return step.config or Config(16, 32, 4, 1)
+
+
+def splits_of(step: Step, config: Config) -> int:
+    """How many parts a sequence's keys are cut into at most."""
+    return step.num_splits or 1
