@@ -51,11 +51,10 @@ def lines(axes: "Axes", record: Record, panel: dict[str, list[Case]], quantity: 
                 own, plain = peer == OURS, cache == "dense"
                 colour = SHADES[cache] if own else COLOURS.get(peer)
                 # Lines of one height are told apart: ours on a dense cache is the widest and lies below.
-                style: dict[str, Any] = {"color": colour, "linewidth": 3 if own and plain else 1.4, "markersize": 4}
+                width, above = (3.0, 2) if own and plain else (1.4, 3)
+                style: dict[str, Any] = {"color": colour, "linewidth": width, "markersize": 4, "zorder": above}
                 text = label(peer) if plain else f"{label(peer)}, {cache}"
-                axes.plot(
-                    *zip(*points, strict=True), STYLES[cache], label=text, zorder=2 if own and plain else 3, **style
-                )
+                axes.plot(*zip(*points, strict=True), STYLES[cache], label=text, **style)
     words = failures(record, panel)
     axes.annotate("\n".join(words), (0.98, 0.03), xycoords="axes fraction", ha="right", va="bottom", fontsize=6)
 
