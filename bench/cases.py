@@ -345,7 +345,7 @@ def decode(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
     lengths: tuple[int, ...] = (32768, 131072, 4096, 16384, 65536)
     heads_k, head_dim = 8, 128
     if device.type != "cuda":
-        batches, lengths, heads_k, dtype = (1, 4), (4096, 16384, 1024), 2, "float32"
+        batches, lengths, heads_k, dtype = (1, 4), (2048, 8192, 512), 2, "float32"
     if quick:
         batches, lengths, heads_k, head_dim = (2,), (64, 128), 2, 16
     groups = {

@@ -105,12 +105,10 @@ def contiguous(case: Case, held: Operands, sequences: Sequence[int]) -> tuple[Te
     """Keys and values of some sequences, [sequences, heads_k, seqlen_k, ..] in the case's dtype, by indexing alone."""
     found = []
     for cache, scale in ((held.k_cache, held.k_scale), (held.v_cache, held.v_scale)):
-        rows = torch.tensor(sequences, device=cache.device)
         if held.block_table is not None:  # [sequences, pages, heads_k, page_size, ..]
-            x = cache[held.block_table[rows].long()].transpose(1, 2).flatten(2, 3)[:, :, : case.seqlen_k]
+            x = cache[held.block_table[list(sequences)].long()].transpose(1, 2).flatten(2, 3)[:, :, : case.seqlen_k]
         else:
-            x = cache[rows]
-        x = x.to(held.q.dtype)
+            x = torch.stack([cache[b].to(held.q.dtype) for b in sequences])  # float8 is not indexed everywhere
         found.append(x if scale is None else x * scale[:, None, None].to(x.dtype))
     return found[0], found[1]
 

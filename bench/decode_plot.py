@@ -1,6 +1,7 @@
 """The decode suite as pictures: share of a copy's rate, and microseconds, against keys; a panel a batch and group."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,24 +104,29 @@ def draw_panels(
     return finish(drawn, title, record, path)
 
 
+def share_axis(axes: "Axes", values: Sequence[float], aim: bool) -> None:
+    """From nothing to the highest share, and on a GPU to a whole copy's, with the aim."""
+    if aim:
+        axes.axhline(100 * SHARE, color="#333333", lw=1, ls="--", label=f"aim: {SHARE:.0%}")
+    axes.set_ylim(0, 1.1 * max([*values, 100.0] if aim else values))
+    axes.set_ylabel("% of a copy's rate (more is better)")
+
+
+def time_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """From the shortest to the longest time, logarithmic."""
+    axes.set_yscale("log")
+    axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+    axes.set_ylabel("microseconds (less is better)")
+
+
 def draw(record: Record, out: Path, stem: str = "decode") -> list[Path]:
     """Writes every picture that the record has numbers for, named after the stem, and returns their paths."""
-
-    def shares(axes: "Axes", values: Sequence[float]) -> None:
-        axes.axhline(100 * SHARE, color="#333333", lw=1, ls="--", label=f"aim on a GPU: {SHARE:.0%}")
-        axes.set_ylim(0, 1.1 * max(100.0, *values))
-        axes.set_ylabel("% of a copy's rate (more is better)")
-
-    def times(axes: "Axes", values: Sequence[float]) -> None:
-        axes.set_yscale("log")
-        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
-        axes.set_ylabel("microseconds (less is better)")
-
     top = rate_of_copy(record)
     beside = "" if top is None else f" ({top:.0f} GB/s here)"
     about = f"Decoding one token: keys and values read once, beside a copy{beside}"
+    shares = partial(share_axis, aim=record.machine["device"] == "cuda")
     drawn = [
         draw_panels(record, percent, shares, about, out / f"{stem}-bandwidth.png"),
-        draw_panels(record, microseconds, times, "Decoding one token: time of a call", out / f"{stem}-latency.png"),
+        draw_panels(record, microseconds, time_axis, "Decoding one token: time of a call", out / f"{stem}-latency.png"),
     ]
     return [path for path in drawn if path is not None]

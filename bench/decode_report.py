@@ -152,15 +152,15 @@ def figures(record: Record) -> list[Figure]:
 
 def report(record: Record) -> str:
     """The whole suite as Markdown; the figures to reach come last, where a terminal shows them."""
-    legend = "Cells: median microseconds, ± half the p20-p80 spread, GB/s of keys and values, share of the copy's rate."
+    legend = (
+        "Cells: median microseconds, ± half the p20-p80 spread, GB/s of keys and values, share of the copy's rate. A "
+        "copy writes as much as it reads, and decoding hardly writes: a share above 100% is no error."
+    )
     parts = [environment(record), copied(record), legend]
     parts += [rates(record, cache) for cache in caches(record)]
     parts += [reasons(record), figure_table(figures(record))]
     if record.machine["device"] != "cuda":
-        parts.append(
-            "No GPU speed is measured here: a CPU says that the suite works, and nothing of the kernels. Decoding "
-            "hardly writes, where a copy writes as much as it reads: a share above 100% is no error."
-        )
+        parts.append("No GPU speed is measured here: a CPU says that the suite works, and nothing of the kernels.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

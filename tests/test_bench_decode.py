@@ -348,6 +348,15 @@ def test_pictures_have_a_line_for_each_peer_and_cache_and_name_the_machine(tmp_p
     assert len({decode_plot.STYLES[cache] for cache in DECODE_CACHES}) == len(DECODE_CACHES)
 
 
+def test_the_aim_is_drawn_on_a_gpu_alone() -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the bench extra")
+    for aim, top in ((True, 110.0), (False, 44.0)):
+        _, ((axes,),) = decode_plot.figure(1, 1, 4, 3)
+        decode_plot.share_axis(axes, [10.0, 40.0], aim)
+        assert [list(line.get_ydata()) for line in axes.lines] == [[90.0, 90.0]] * aim
+        assert axes.get_ylim() == pytest.approx((0.0, top))
+
+
 def test_the_smallest_case_runs_from_the_command_line_to_pictures_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
