@@ -255,15 +255,21 @@ def test_whatever_becomes_of_a_peer_is_a_row(tmp_path: Path, monkeypatch: pytest
     assert large.rows["small", SDPA, "forward"].outcome == "absent"
 
 
-def test_memory_that_ends_while_operands_are_made_is_written_down(
+def test_memory_that_ends_while_operands_are_made_is_written_down_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none_left(*_: Any) -> list[Operands]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def failing(error: Exception) -> Any:
+        def operands(*_: Any) -> list[Operands]:
+            raise error
 
-    monkeypatch.setattr(decode, "operands", none_left)
+        return operands
+
+    monkeypatch.setattr(decode, "operands", failing(torch.OutOfMemoryError("CUDA out of memory")))
     row = timed(peer(OURS, right), tmp_path=tmp_path).rows["small", OURS, "forward"]
     assert (row.outcome, row.reason) == ("oom", "making it: CUDA out of memory")
+    monkeypatch.setattr(decode, "operands", failing(ValueError("the bench is wrong")))
+    with pytest.raises(ValueError, match="the bench is wrong"):
+        timed(peer(OURS, right), tmp_path=tmp_path)
 
 
 def test_peers_that_cannot_read_a_cache_say_why() -> None:
@@ -297,6 +303,12 @@ def test_a_package_with_a_kvcache_function_is_called_in_its_own_layout(monkeypat
     assert "float8" in (theirs.absent(replace(SMALL, cache="fp8"), GPU) or "")
     del module.flash_attn_with_kvcache
     assert theirs.absent(SMALL, GPU) == "flash_attn has no flash_attn_with_kvcache"
+
+    def broken(name: str) -> None:
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(decode_peers, "import_module", broken)
+    assert theirs.absent(SMALL, GPU) == "flash_attn is not importable: OSError: undefined symbol"
 
 
 def imagined() -> Record:
