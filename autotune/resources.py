@@ -19,18 +19,18 @@ import torch
 
 from flash.kernels.spec import Blocks, Config, Operands, Shape, Sizes, Spans, Spec, View
 
-from . import gluon
+from . import cached, gluon
+from .leaf import NONE, TYPES, Leaf, pointer, view
 from .listing import Loop, matrix_loops
 from .space import FEATURES, Variant
 from .tables import HEAD_DIMS, ITEMSIZE, for_tangents, lookup, shared_limit
 
-TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 POINTER_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"} | {
     torch.int32: "i32",
     torch.int64: "i64",
 }
 TENSOR_MEMORY = 512  # columns that one program may have on sm_100
-KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "jvp", *gluon.KERNELS)
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias", "jvp", *cached.KERNELS, *gluon.KERNELS)
 EMPTY_KERNEL = 16  # a kernel of fewer registers than this has lost its body
 
 
@@ -153,6 +153,8 @@ def _function(kernel: str) -> Any:
 
     if kernel in gluon.KERNELS:
         return gluon.function(kernel)
+    if kernel in cached.KERNELS:
+        return cached.function(kernel)
     functions = {
         "dbias": bias.dbias_kernel,
         "forward": forward.forward_kernel,
@@ -164,26 +166,6 @@ def _function(kernel: str) -> Any:
     return functions[kernel]
 
 
-class _Leaf(NamedTuple):
-    """One number of a kernel's arguments: its type, or the constant it is."""
-
-    type: str
-    constant: Any = None
-    divisible: bool = False  # by 16, as addresses and most strides are
-
-
-_NONE = _Leaf("constexpr")
-
-
-def _pointer(type: str) -> _Leaf:
-    return _Leaf(f"*{type}", divisible=True)
-
-
-def _view(pointer: str, aligned: bool) -> View:
-    stride = _Leaf("i32", divisible=aligned)
-    return View(_pointer(pointer), stride, stride, stride, _Leaf("constexpr", 1))
-
-
 def _specialise(
     kernel: str, function: Any, target: str, variant: Variant, config: Config
 ) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
@@ -192,7 +174,7 @@ def _specialise(
     attributes: dict[tuple[int, ...], Any] = {}
 
     def types_of(value: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(value, _Leaf):
+        if isinstance(value, Leaf):
             if value.type == "constexpr":
                 constants[path] = value.constant
             elif value.divisible:
@@ -207,11 +189,11 @@ def _specialise(
 
 
 def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> dict[str, Any]:
-    """What each parameter of the kernels is given, as a tree of _Leaf."""
+    """What each parameter of the kernels is given, as a tree of Leaf."""
     dtype, acc = TYPES[variant.dtype], "fp64" if variant.dtype == "float64" else "fp32"
-    wide, wide_v = (_view(dtype, head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
-    one, stride = _Leaf("constexpr", 1), _Leaf("i32")
-    rows = _pointer(acc)
+    wide, wide_v = (view(dtype, head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
+    one, stride = Leaf("constexpr", 1), Leaf("i32")
+    rows = pointer(acc)
     precision = "tf32x3" if variant.dtype == "float32" and target.startswith("cuda:") else "ieee"
     padded: Any = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
     described: dict[str, str] = {}
@@ -225,24 +207,26 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
     constants = {"spec": spec, "shape": shape, "AHEAD": config.ahead}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    stored = {} if variant.stored is None else cached.arguments(kernel, variant, variant.stored)
     return {
         **dict.fromkeys(("q", "k", "dq", "dk", "tq", "tk"), wide),
         **dict.fromkeys(("v", "o", "do", "dv", "tv", "to"), wide_v),
-        **{name: _Leaf(type) for name, type in described.items()},
-        **{"keys": wide, "values": wide_v, "SLOTS": _Leaf("constexpr", config.num_stages)},
-        **dict.fromkeys(("blocks", "section"), _Leaf("i32")),
+        **{name: Leaf(type) for name, type in described.items()},
+        **{"keys": wide, "values": wide_v, "SLOTS": Leaf("constexpr", config.num_stages)},
+        **dict.fromkeys(("blocks", "section"), Leaf("i32")),
         **dict.fromkeys(("lse", "delta", "tlse"), rows),
-        "sums": _NONE if kernel == "hopper_dkdv" else rows,
-        "dbias": _view(acc, True),
-        "dlse": View(rows, stride, stride, one, one) if variant.dlse else _NONE,
-        "dslopes": rows if "alibi" in variant.features else _NONE,
+        "sums": NONE if kernel == "hopper_dkdv" else rows,
+        "dbias": view(acc, True),
+        "dlse": View(rows, stride, stride, one, one) if variant.dlse else NONE,
+        "dslopes": rows if "alibi" in variant.features else NONE,
         "mods": operands,
         **dict.fromkeys(
-            (*Sizes._fields, "bias_batch", "bias_heads", "bias_q", "bias_k", "pairs", "strips"), _Leaf("i32")
+            (*Sizes._fields, "bias_batch", "bias_heads", "bias_q", "bias_k", "pairs", "strips"), Leaf("i32")
         ),
-        "scale": _Leaf("fp32" if kernel == "hopper_forward" else "fp64"),
-        "unit": _Leaf("fp32"),
-        **{name: _Leaf("constexpr", value) for name, value in constants.items()},
+        "scale": Leaf("fp32" if kernel == "hopper_forward" else "fp64"),
+        "unit": Leaf("fp32"),
+        **{name: Leaf("constexpr", value) for name, value in constants.items()},
+        **stored,
     }
 
 
@@ -250,8 +234,8 @@ def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
     """The operands that a variant's features bring, and what they change in Spec."""
     from flash import mods
 
-    dtype, integer = TYPES[variant.dtype], _pointer("i32")
-    operands: dict[str, Any] = dict.fromkeys(Operands._fields, _NONE)
+    dtype, integer = TYPES[variant.dtype], pointer("i32")
+    operands: dict[str, Any] = dict.fromkeys(Operands._fields, NONE)
     spec: dict[str, Any] = {}
     if variant.q_offset:
         operands["q_offset"] = integer
@@ -259,48 +243,48 @@ def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
         if feature == "window":
             spec |= {"left": True, "right": not variant.causal}
         elif feature == "mask":
-            operands["mask"] = _view("u8", False)
+            operands["mask"] = view("u8", False)
             spec |= {"hides": True, "mask_rows": True, "mask_cols": True}
         elif feature == "padding":
-            operands["mask"] = _view("u8", False)
+            operands["mask"] = view("u8", False)
             operands |= dict.fromkeys(
-                Spans._fields, View(integer, _Leaf("i32"), _Leaf("i32"), *2 * [_Leaf("constexpr", 1)])
+                Spans._fields, View(integer, Leaf("i32"), Leaf("i32"), *2 * [Leaf("constexpr", 1)])
             )
             spec |= {"hides": True, "mask_cols": True}
         elif feature == "bias":
-            operands["bias"] = _view(dtype, True)
+            operands["bias"] = view(dtype, True)
             spec |= {"hides": True, "bias_rows": True, "bias_cols": True, "raw": False}
         elif feature == "alibi":
-            operands["slopes"] = _view("fp32", False)
+            operands["slopes"] = view("fp32", False)
             spec |= {"raw": False}
         elif feature == "softcap":
             spec |= {"softcap": 50.0, "raw": False}
         elif feature == "sinks":
-            operands["sinks"] = _view(dtype, False)
+            operands["sinks"] = view(dtype, False)
         elif feature == "dropout":
-            operands["seed"] = _pointer("i64")
+            operands["seed"] = pointer("i64")
             spec |= {"dropout_p": 0.1, "threshold": round(0.1 * 2**32)}
         elif feature == "score_mod":
             mod = mods.tanh_softcap(50.0)
             operands |= {
-                "score_fn": _Leaf("constexpr", mod.fn),
-                "score_derivative": _Leaf("constexpr", mod.derivative),
-                "score_args": tuple(_pointer(POINTER_OF[x.dtype]) for x in mod.args),
+                "score_fn": Leaf("constexpr", mod.fn),
+                "score_derivative": Leaf("constexpr", mod.derivative),
+                "score_args": tuple(pointer(POINTER_OF[x.dtype]) for x in mod.args),
             }
             spec |= {"raw": False}
         elif feature == "mask_mod":
             mask_mod = mods.dilated_window(4, 2)
             operands |= {
-                "mask_fn": _Leaf("constexpr", mask_mod.fn),
-                "mask_args": tuple(_pointer(POINTER_OF[x.dtype]) for x in mask_mod.args),
+                "mask_fn": Leaf("constexpr", mask_mod.fn),
+                "mask_args": tuple(pointer(POINTER_OF[x.dtype]) for x in mask_mod.args),
             }
             spec |= {"hides": True}
         elif feature == "blocks":
-            operands |= dict.fromkeys(Blocks._fields, _view("i32", False)) | {"bits": integer}
+            operands |= dict.fromkeys(Blocks._fields, view("i32", False)) | {"bits": integer}
             spec |= {"blocks": (128, 128)}
         elif feature == "packed":
             names = ("q_offset", "starts_q", "starts_k", "tiles")
-            operands |= dict.fromkeys(names, integer) | {"bad": _pointer("u8")}
+            operands |= dict.fromkeys(names, integer) | {"bad": pointer("u8")}
         else:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {feature!r}")
     return Operands(**operands), spec

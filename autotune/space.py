@@ -22,6 +22,30 @@ FEATURES = (
 )  # fmt: skip
 
 
+class Stored(NamedTuple):
+    """What the compiler knows of a cache and of a call that decodes with it.
+
+    Args:
+        dtype: of the cache; "float8_e4m3fn" too.
+        page: positions in a page; 0: there is no table.
+        pairs: that rotary embedding turns; 0: none.
+        interleaved: whether a pair's dimensions are neighbours.
+        slots: whether sequences name their slots, and their left padding.
+        scales: whether stored numbers have factors.
+        split: whether the keys of a sequence are split.
+        several: whether the rows of a key head fill more than one tile.
+    """
+
+    dtype: str
+    page: int = 0
+    pairs: int = 0
+    interleaved: bool = False
+    slots: bool = False
+    scales: bool = False
+    split: bool = False
+    several: bool = False
+
+
 class Variant(NamedTuple):
     """What the compiler knows of a call.
 
@@ -35,6 +59,7 @@ class Variant(NamedTuple):
         q_offset: whether offsets are read from a tensor.
         dlse: whether lse has a gradient (the delta kernel's).
         features: names of FEATURES, what else makes or hides a score.
+        stored: the cache of a kernel that reads or writes one.
     """
 
     dtype: str
@@ -46,6 +71,7 @@ class Variant(NamedTuple):
     q_offset: bool = False
     dlse: bool = False
     features: tuple[str, ...] = ()
+    stored: Stored | None = None
 
 
 def candidates(target: str, kernel: str, dtype: str, head_dim: int) -> tuple[Config, ...]:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch_step
 from .kernels.spec import Cache, Config, Mods, Positions, Rotary, Spec, dense_like
-from .ops import guarded, library
+from .ops import guarded, library, watching
 from .step import Step
 
 REST = "Tensor cache_seqlens, Tensor? table, Tensor? slots, Tensor? leftpad, Tensor? k_scale, Tensor? v_scale"
@@ -32,6 +32,7 @@ library.define(
 )
 
 ABOUT = len(Cache._fields) - 2  # of a cache beside k and v
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 @lru_cache(maxsize=1024)
@@ -57,11 +58,17 @@ def step_of(q: torch.Tensor, *call: Any) -> Step:
 
 
 def attend(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of a Step, new keys appended first."""
+    """(o, lse) of a Step, new keys appended first; by the ops where anything but the values may be asked for."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not watching() and is_plain(step):
+        if step.k is not None and step.v is not None:
+            dispatch_step.append(step.k, step.v, step.cache, step.rotary, step.backend)
+            written(step.cache.k, step.cache.v)
+        return dispatch_step.decode(step)
     k_cache, v_cache, *rest = step.cache
     rotary = step.rotary or (None, None, False)
     q = step.q
-    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if compiling and forward_ad._current_level >= 0:
         q = torch.ops.flash.lost(q)  # a compiler may drop a tangent before our op could see it
     if step.k is not None:
         torch.ops.flash.append(k_cache, v_cache, step.k, step.v, *rest, *rotary, step.backend)
@@ -70,6 +77,22 @@ def attend(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         list(step.positions), str(tuple(step.spec)), step.num_splits, step.batch_invariant, step.backend,
         [int(number) for number in step.config or ()],
     )  # fmt: skip
+
+
+def is_plain(step: Step) -> bool:
+    """Whether the tensors are torch's own, as they lie in memory, and none asks for a gradient."""
+    tensors = (step.q, step.k, step.v, *step.cache, *(step.rotary or ()), step.mods.alibi_slopes, step.mods.sinks)
+    grad = torch.is_grad_enabled()
+    return not any(
+        type(x) not in ORDINARY or x.is_neg() or (grad and x.requires_grad)
+        for x in tensors
+        if x is not None and not isinstance(x, bool)
+    )
+
+
+def written(*tensors: torch.Tensor) -> None:
+    """Tell autograd that tensors are not what they were; those of inference mode have nobody to tell."""
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 def append_impl(k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> None:
@@ -82,9 +105,9 @@ def append_fake(*args: Any) -> None:
 
 
 def append_guarded(*args: Any) -> None:
-    """The append at the Autograd key; autograd is told that the caches are not what they were."""
+    """The append at the Autograd key."""
     guarded(torch.ops.flash.append)(*args)
-    torch.autograd.graph.increment_version(args[:2])
+    written(*args[:2])
 
 
 def decode_impl(q: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,6 +113,10 @@ def flash_attention_decode(
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding/.
     """
     check_flag("return_lse", return_lse)
+    check_no_derivative(
+        q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, k_scale=k_scale,
+        v_scale=v_scale, alibi_slopes=alibi_slopes, sinks=sinks,
+    )  # fmt: skip
     step = Step.of(
         q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table, k=k, v=v, rotary_cos=rotary_cos,
         rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, cache_batch_idx=cache_batch_idx,
@@ -120,20 +124,15 @@ def flash_attention_decode(
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, num_splits=num_splits,
         batch_invariant=batch_invariant, backend=backend, config=config,
     )  # fmt: skip
-    check_no_derivative(step)
     o, lse = attend(step)
     return (o, lse) if return_lse else o
 
 
-def check_no_derivative(step: Step) -> None:
-    """Check, before the caches are written to, that no gradient or tangent is asked for."""
-    named = {"q": step.q, "k": step.k, "v": step.v, "k_cache": step.cache.k, "v_cache": step.cache.v}
-    named |= {"k_scale": step.cache.k_scale, "v_scale": step.cache.v_scale}
-    named |= {} if step.rotary is None else {"rotary_cos": step.rotary.cos, "rotary_sin": step.rotary.sin}
-    named |= {"alibi_slopes": step.mods.alibi_slopes, "sinks": step.mods.sinks}
+def check_no_derivative(**tensors: torch.Tensor | None) -> None:
+    """Check, before a cache is written to, that no gradient or tangent is asked for."""
     compiling = torch.compiler.is_compiling()
-    for name, x in named.items():
-        if x is None:
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
             continue
         if torch.is_grad_enabled() and x.requires_grad if compiling else would_lose(x):
             raise NotImplementedError(

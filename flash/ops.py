@@ -159,6 +159,18 @@ def would_lose(x: torch.Tensor) -> bool:
     return watching and forward_ad.unpack_dual(x).tangent is not None
 
 
+def watching() -> bool:
+    """Whether torch's state asks for more than a call's values: transforms, modes, tracing, autocast."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+    )
+
+
 def batched(*args: Any) -> Any:
     """An op's kernel under torch's older vmap, which autograd still has inside."""
     raise NotImplementedError(

@@ -10,12 +10,12 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from . import dispatch
 from .autotune import tables
 from .checks import MAX_SEQLEN
 from .kernels.spec import dense_like
+from .ops import watching
 from .problem import Problem
 
 SERVED = attrgetter("is_cuda")  # where launching costs: elsewhere no kernel is compiled
@@ -78,14 +78,7 @@ def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         return True
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-    )
+    return watching()
 
 
 def kind_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rest: tuple[Any, ...]) -> tuple[Any, ...] | None:

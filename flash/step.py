@@ -157,6 +157,7 @@ class Step:
             left=left is not None,
             right=right is not None,
             softcap=softcap,
+            dropout_p=0.0,  # which torch.compile would take for dynamic as a default
             raw=raw and softcap is None and alibi_slopes is None,
             precision=precision_of(q),
         )

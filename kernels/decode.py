@@ -74,9 +74,9 @@ def visible(at, part, mods, sizes, spec: tl.constexpr):
 def decode_kernel(
     q, o, lse, caches, angles, mods, heads, seqlen_q, left, right, new, splits, slots, pages, capacity,
     scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr, turn: tl.constexpr, PAGE: tl.constexpr,
-    SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIKE: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """SEVERAL: there is more than one tile of rows, and so keys of a part that this program does not visit."""
+    """ALIKE: all rows of a sequence see the same keys. SEVERAL: they make more than one tile, which leaves out keys."""
     ACC: tl.constexpr = lse.dtype.element_ty
     TYPE: tl.constexpr = q.ptr.dtype.element_ty
     PRECISE: tl.constexpr = TYPE.primitive_bitwidth >= 32
@@ -113,7 +113,7 @@ def decode_kernel(
     run = seen(row, b, h_k, offset, part, mods, sizes, spec, shape, BLOCK_M, BLOCK_N)
     strange = 0  # whether a partial tile of v held NaN or infinity
     for PARTIAL in tl.static_range(2):
-        for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL)):
+        for t in tl.range(band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL), num_stages=1 if PARTIAL else None):
             col = band.start(run, t, mods, spec, 1, BLOCK_N, PARTIAL)
             place, lie = cached.locate(caches, extent, own.slot, col, part[0], run[3], PAGE, BLOCK_N, True, PARTIAL)
             lies |= lie
@@ -123,10 +123,11 @@ def decode_kernel(
             at = beside(rows, col, BLOCK_N)
             s = score.score(qk, at, mods, sizes, scale, spec)
             if PARTIAL:
-                s = tl.where(visible(at, part, mods, sizes, spec), s, float("-inf"))
+                keep = there[None, :] if ALIKE else visible(at, part, mods, sizes, spec)
+                s = tl.where(keep, s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
             v_tile = cached.load(caches.v, h_k, place, there, shape.head_dim_v, DV, PARTIAL).to(TYPE)
-            if PARTIAL:  # 0 * NaN is NaN: as in `forward`, what is not finite is left out, and comes back at the end
+            if PARTIAL and not ALIKE:  # as in `forward`: what is not finite is left out, and comes back at the end
                 strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
                 v_tile = tile.finite(v_tile)
             acc = acc * alpha[:, None]
@@ -144,10 +145,10 @@ def decode_kernel(
     inside &= (dims < shape.head_dim_v)[None, :]
     tl.store(at_o, tl.where(bad, float("nan"), o_tile).to(o.ptr.dtype.element_ty), mask=inside)
 
-    if strange != 0:  # rare: the outputs that do see what is not finite
+    if not ALIKE and strange != 0:  # rare: the outputs that do see what is not finite
         tl.debug_barrier()  # not before o is written, by whatever thread
         nan = tl.full([BLOCK_M, DV], float("nan"), o.ptr.dtype.element_ty)
-        for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, True)):
+        for t in tl.range(band.tiles(run, mods, spec, 1, BLOCK_N, True), num_stages=1):
             col = band.start(run, t, mods, spec, 1, BLOCK_N, True)
             place, _ = cached.locate(caches, extent, own.slot, col, part[0], run[3], PAGE, BLOCK_N, True, True)
             there = cached.within(col, part[0], run[3], BLOCK_N)
@@ -223,6 +224,9 @@ def decode(
     shape = shape_of(q, cache.k, cache.v)
     caches, extent, page = cached.prepare(cache)
     angles, turn = angles_of(rotary)
+    if seqlen_q == 1:  # the last position: what is after it does not exist
+        spec = spec._replace(causal=False, right=False)
+    alike = seqlen_q == 1 or not (spec.causal or spec.left or spec.right)
     rows = shape.group * seqlen_q
     config = config._replace(block_m=min(config.block_m, max(16, triton.next_power_of_2(rows))))
     blocks = triton.cdiv(rows, config.block_m)
@@ -232,9 +236,9 @@ def decode(
         lses = lse.new_empty((batch * splits, heads, seqlen_q))
         own = operands._replace(sinks=None)  # once, by the merge
     lengths = (heads, seqlen_q, positions.left, positions.right, new, splits, *extent)
-    args = (view(q), view(parts), lses, caches, angles, own, *lengths, scale, spec, shape, turn, page, blocks > 1)
+    args = (view(q), view(parts), lses, caches, angles, own, *lengths, scale, spec, shape, turn, page)
     programs = blocks * cache.k.shape[1] * splits * batch
-    launch(decode_kernel, programs, q.device, config, *args)
+    launch(decode_kernel, programs, q.device, config, *args, alike, blocks > 1)
     if splits > 1:
         at_once = min(triton.next_power_of_2(splits), MERGED)
         rest = (operands, heads, seqlen_q, splits, shape, at_once)

@@ -28,6 +28,10 @@ ARROWS = {
     "flash.kernels.bias": KERNEL_PARTS,
     "flash.kernels.forward": KERNEL_PARTS,
     "flash.kernels.hopper_backward": (*KERNEL_PARTS, "flash.kernels.backward", "flash.kernels.hopper_forward"),
+    **dict.fromkeys(
+        ("flash.kernels.append", "flash.kernels.decode"),
+        (*KERNEL_PARTS, "flash.kernels.cache", "flash.kernels.rotary", "flash.kernels.float8"),
+    ),
     "flash.kernels.*": (*KERNEL_PARTS, "flash.kernels.bias"),
     "flash.twins": ("flash.kernels.spec",),
     "flash.mods": ("flash.kernels.spec", "flash.twins"),
@@ -35,6 +39,7 @@ ARROWS = {
     "flash.philox": (),
     "flash.reference": ("flash.mods",),
     "flash.reference_cache": ("flash.reference",),
+    "flash.autotune.leaf": ("flash.kernels.spec",),
     "flash.autotune.form": ("flash.kernels.spec",),
     "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
@@ -64,6 +69,7 @@ ARROWS = {
         "flash.checks",
         "flash.problem",
         "flash.dispatch",
+        "flash.ops",
     ),
     "flash.attention": (
         "flash.kernels.spec",
