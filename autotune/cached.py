@@ -1,13 +1,17 @@
 """How the kernels that read and write a cache are compiled without a GPU: what a launch would give them."""
 
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from flash.kernels.spec import Cache, View
+from flash.kernels.spec import Cache, Config, View
 
+from .decoding import for_decode
+from .form import ITEMSIZE
 from .leaf import NONE, TYPES, Leaf, pointer, view
 from .space import Stored, Variant
 
 KERNELS = ("append", "decode", "merge")
+SIZES = ITEMSIZE | {"float8_e4m3fn": 1}
 PARTS_AT_ONCE = 16
 
 
@@ -18,12 +22,19 @@ def function(kernel: str) -> Any:
     return {"append": append.append_kernel, "decode": decode.decode_kernel, "merge": decode.merge_kernel}[kernel]
 
 
-def arguments(kernel: str, variant: Variant, stored: Stored) -> dict[str, Any]:
+def as_bytes(target: str, kernel: str, variant: Variant, stored: Stored) -> bool:
+    """Whether a kernel is given the bytes of a float8 cache, as it converts them itself."""
+    backend, _, arch = target.partition(":")
+    converted = variant.dtype != "float64" and (backend == "hip" or int(arch) >= 89)  # by Triton
+    return stored.dtype == "float8_e4m3fn" and not (kernel == "decode" and converted)
+
+
+def arguments(target: str, kernel: str, variant: Variant, stored: Stored) -> dict[str, Any]:
     """What parameters of the kernels are given, by name, besides those that all kernels know."""
     from flash.kernels.rotary import Angles, Turn
 
     acc = "fp64" if variant.dtype == "float64" else "fp32"
-    dtype = "uint8" if kernel == "append" and stored.dtype == "float8_e4m3fn" else stored.dtype
+    dtype = "uint8" if as_bytes(target, kernel, variant, stored) else stored.dtype
     k, v = (view(TYPES[dtype], head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
     one, stride, none = Leaf("constexpr", 1), Leaf("i32"), Leaf("i32", divisible=True)
     entries, factors = View(pointer("i32"), one, none, none, none), View(pointer("fp32"), none, one, none, none)
@@ -45,6 +56,7 @@ def arguments(kernel: str, variant: Variant, stored: Stored) -> dict[str, Any]:
     constants = {
         "turn": Turn(stored.pairs, stored.interleaved),
         "PAGE": stored.page,
+        "ALIKE": stored.alike,
         "SEVERAL": stored.several,
         "AT_ONCE": PARTS_AT_ONCE,
     }
@@ -56,3 +68,25 @@ def arguments(kernel: str, variant: Variant, stored: Stored) -> dict[str, Any]:
         **dict.fromkeys(("parts", "lses"), pointer(acc)),
     }
     return found | {"o": view(acc, variant.head_dim_v % 16 == 0)} if kernel == "decode" and stored.split else found
+
+
+def config(kernel: str, target: str, variant: Variant, stored: Stored) -> Config:
+    """The Config that a kernel runs with for one query of each head."""
+    from flash.kernels.append import TILE
+
+    if kernel == "append":
+        return TILE
+    head_dim = max(variant.head_dim, variant.head_dim_v)
+    return for_decode(target, variant.dtype, head_dim, variant.group, SIZES[stored.dtype], stored.page > 0).config
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Options of a command line that say what a cache is like."""
+    parser.add_argument("--cache-dtype", choices=tuple(SIZES), help="of a cache (append, decode); absent = q's")
+    parser.add_argument("--page", type=int, default=0, help="positions in a page of the cache; 0 = no pages")
+    parser.add_argument("--rotary", type=int, default=0, help="pairs that rotary embedding turns")
+
+
+def stored_of(options: Namespace) -> Stored:
+    """What the options say."""
+    return Stored(options.cache_dtype or options.dtype, options.page, options.rotary, split=options.kernel == "merge")

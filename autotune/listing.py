@@ -58,6 +58,11 @@ def matrix_loops(listing: str) -> tuple[Loop, ...]:
     return tuple(loops)
 
 
+def length(listing: str) -> int:
+    """How many instructions a listing has."""
+    return len(_instructions(listing)[0])
+
+
 def _instructions(listing: str) -> tuple[list[str], dict[str, int]]:
     """The instructions of a listing, and at which of them each label stands."""
     code: list[str] = []

@@ -21,7 +21,7 @@ from flash.kernels.spec import Blocks, Config, Operands, Shape, Sizes, Spans, Sp
 
 from . import cached, gluon
 from .leaf import NONE, TYPES, Leaf, pointer, view
-from .listing import Loop, matrix_loops
+from .listing import Loop, length, matrix_loops
 from .space import FEATURES, Variant
 from .tables import HEAD_DIMS, ITEMSIZE, for_tangents, lookup, shared_limit
 
@@ -46,6 +46,7 @@ class Report(NamedTuple):
         tensor_memory: columns of tensor memory, of 512 (sm_100).
         warnings: what ptxas complains of, as of serialised wgmma.
         loops: the innermost matrix loops; () where no listing was asked for.
+        instructions: of the whole kernel; 0 likewise.
     """
 
     target: str
@@ -56,6 +57,7 @@ class Report(NamedTuple):
     tensor_memory: int
     warnings: tuple[str, ...]
     loops: tuple[Loop, ...]
+    instructions: int = 0
 
     @property
     def hidden(self) -> float | None:
@@ -102,9 +104,9 @@ def report(target: str, kernel: str, variant: Variant, config: Config, listing: 
     backend = target.partition(":")[0]
     read = _read_cuda if backend == "cuda" else _read_hip
     registers, spill_bytes, warnings, text = read(compiled, target, listing)
-    loops = matrix_loops(text) if listing else ()
+    loops, instructions = (matrix_loops(text), length(text)) if listing else ((), 0)
     columns = int(getattr(compiled.metadata, "tmem_size", None) or 0)
-    return Report(target, registers, spill_bytes, shared, shared_limit(target), columns, warnings, loops)
+    return Report(target, registers, spill_bytes, shared, shared_limit(target), columns, warnings, loops, instructions)
 
 
 def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
@@ -207,7 +209,7 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
     constants = {"spec": spec, "shape": shape, "AHEAD": config.ahead}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    stored = {} if variant.stored is None else cached.arguments(kernel, variant, variant.stored)
+    stored = {} if variant.stored is None else cached.arguments(target, kernel, variant, variant.stored)
     return {
         **dict.fromkeys(("q", "k", "dq", "dk", "tq", "tk"), wide),
         **dict.fromkeys(("v", "o", "do", "dv", "tv", "to"), wide_v),
@@ -351,6 +353,7 @@ def describe(what: str, made: Report) -> str:
         f"{what} on {made.target}: {made.registers} registers, {made.spill_bytes} B spilled, "
         f"{made.shared} of {made.limit} B of shared memory"
         + (f", {made.tensor_memory} of {TENSOR_MEMORY} columns of tensor memory" if made.tensor_memory else "")
+        + (f", {made.instructions} instructions" if made.instructions else "")
     ]
     for loop in made.loops:
         share = "" if loop.hidden is None else f", {loop.hidden:.0%} of exponentials under a wgmma"
@@ -376,6 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--q-offset", action="store_true", help="offsets read from a tensor")
     parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (delta)")
     parser.add_argument("--feature", action="append", choices=FEATURES, help="of the score; may repeat")
+    cached.add_options(parser)
     parser.add_argument("--config", help="block_m,block_n,num_warps,num_stages[,ahead 0 or 1]; absent = the tables'")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
@@ -383,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     variant = Variant(
         options.dtype, options.head_dim, head_dim_v, options.causal, options.group,
         q_offset=options.q_offset, dlse=options.dlse, features=tuple(options.feature or ()),
+        stored=cached.stored_of(options) if options.kernel in cached.KERNELS else None,
     )  # fmt: skip
     status = 0
     for target in options.target or ["cuda:90"]:
@@ -391,6 +396,8 @@ def main(argv: list[str] | None = None) -> int:
             config = Config._make((*numbers, bool(ahead)))
         elif options.kernel in gluon.KERNELS:
             config = gluon.config(options.kernel, variant)
+        elif variant.stored is not None:
+            config = cached.config(options.kernel, target, variant, variant.stored)
         else:
             name = "dq" if options.kernel in ("delta", "dbias", "jvp") else options.kernel
             head_dim = max(options.head_dim, head_dim_v)

@@ -33,6 +33,7 @@ class Stored(NamedTuple):
         slots: whether sequences name their slots, and their left padding.
         scales: whether stored numbers have factors.
         split: whether the keys of a sequence are split.
+        alike: whether all rows of a sequence see the same keys, as those of one query do.
         several: whether the rows of a key head fill more than one tile.
     """
 
@@ -43,6 +44,7 @@ class Stored(NamedTuple):
     slots: bool = False
     scales: bool = False
     split: bool = False
+    alike: bool = True
     several: bool = False
 
 

@@ -34,10 +34,9 @@ def merge(
     """
     check_parts(o1, lse1, o2, lse2)
     none1, none2 = lse1 == float("-inf"), lse2 == float("-inf")
-    # a constant factor of both weights: it drops out; without keys it stands in for lse, so that no derivative is NaN
+    # a constant factor of both weights, which drops out; -inf - -inf would be NaN
     top = torch.maximum(lse1, lse2).detach().masked_fill(none1 & none2, 0.0)
-    w1 = (lse1.where(~none1, top) - top).exp().masked_fill(none1, 0.0)
-    w2 = (lse2.where(~none2, top) - top).exp().masked_fill(none2, 0.0)
+    w1, w2 = (lse1 - top).exp(), (lse2 - top).exp()
     total = (w1 + w2).masked_fill(none1 & none2, 1.0)
     parts = [
         o.to(w.dtype).masked_fill(none.unsqueeze(-1), 0.0) * (w / total).unsqueeze(-1)

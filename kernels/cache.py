@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .float8 import decoded
 from .launch import view
 from .spec import Cache, View
 from .tile import FARTHEST
@@ -167,13 +168,16 @@ def pointers(x, h, place, dims):
 
 
 @triton.jit
-def load(x, h, place, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
-    """The tile of x at a place: [N, BLOCK_D], zero past DIM and, where RAGGED, for keys not inside [N]."""
+def load(
+    x, h, place, inside, TYPE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """The tile of x at a place, as TYPE: [N, BLOCK_D], zero past DIM and, where RAGGED, for keys not inside [N]."""
     dims = tl.arange(0, BLOCK_D)
     ptrs = pointers(x, h, place, dims)
     if RAGGED:
-        return tl.load(ptrs, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
+        found = tl.load(ptrs, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
     elif BLOCK_D != DIM:
-        return tl.load(ptrs, mask=(dims < DIM)[None, :], other=0.0)
+        found = tl.load(ptrs, mask=(dims < DIM)[None, :], other=0.0)
     else:
-        return tl.load(ptrs)
+        found = tl.load(ptrs)
+    return decoded(found).to(TYPE) if found.dtype == tl.uint8 else found.to(TYPE)

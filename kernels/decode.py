@@ -118,7 +118,7 @@ def decode_kernel(
             place, lie = cached.locate(caches, extent, own.slot, col, part[0], run[3], PAGE, BLOCK_N, True, PARTIAL)
             lies |= lie
             there = cached.within(col, part[0], run[3], BLOCK_N)
-            k_tile = cached.load(caches.k, h_k, place, there, shape.head_dim, shape.block_d, PARTIAL).to(TYPE)
+            k_tile = cached.load(caches.k, h_k, place, there, TYPE, shape.head_dim, shape.block_d, PARTIAL)
             qk = tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
             at = beside(rows, col, BLOCK_N)
             s = score.score(qk, at, mods, sizes, scale, spec)
@@ -126,7 +126,7 @@ def decode_kernel(
                 keep = there[None, :] if ALIKE else visible(at, part, mods, sizes, spec)
                 s = tl.where(keep, s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
-            v_tile = cached.load(caches.v, h_k, place, there, shape.head_dim_v, DV, PARTIAL).to(TYPE)
+            v_tile = cached.load(caches.v, h_k, place, there, TYPE, shape.head_dim_v, DV, PARTIAL)
             if PARTIAL and not ALIKE:  # as in `forward`: what is not finite is left out, and comes back at the end
                 strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
                 v_tile = tile.finite(v_tile)
@@ -152,7 +152,7 @@ def decode_kernel(
             col = band.start(run, t, mods, spec, 1, BLOCK_N, True)
             place, _ = cached.locate(caches, extent, own.slot, col, part[0], run[3], PAGE, BLOCK_N, True, True)
             there = cached.within(col, part[0], run[3], BLOCK_N)
-            v_tile = cached.load(caches.v, h_k, place, there, shape.head_dim_v, DV, True).to(TYPE)
+            v_tile = cached.load(caches.v, h_k, place, there, TYPE, shape.head_dim_v, DV, True)
             keep = visible(beside(rows, col, BLOCK_N), part, mods, sizes, spec).to(TYPE)
             found = (tile.finite(v_tile) != v_tile).to(TYPE)
             hit = tl.dot(keep, found, input_precision=spec.precision, out_dtype=ACC)
@@ -183,6 +183,13 @@ def merge_kernel(
     at_b = b.to(tl.int64) * heads + h
     tl.store(lse + at_b * seqlen_q + i + tl.arange(0, 1), lse_row)
     tile.store(o, o_row, b, h, i, i + 1, shape.head_dim_v)
+
+
+def converts_float8(q: torch.Tensor) -> bool:
+    """Whether Triton converts float8 to q's dtype where q is; the kernel takes the bytes elsewhere."""
+    if q.dtype == torch.float64:
+        return False
+    return not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) >= (8, 9)
 
 
 def decode(
@@ -222,6 +229,8 @@ def decode(
         spec = spec._replace(raw=False)
     operands, spec = prepare(Mods(alibi_slopes=mods.alibi_slopes, sinks=mods.sinks), spec)
     shape = shape_of(q, cache.k, cache.v)
+    if cache.k.dtype.itemsize == 1 and not converts_float8(q):
+        cache = cache._replace(k=cache.k.view(torch.uint8), v=cache.v.view(torch.uint8))
     caches, extent, page = cached.prepare(cache)
     angles, turn = angles_of(rotary)
     if seqlen_q == 1:  # the last position: what is after it does not exist

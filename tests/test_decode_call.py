@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ PAIRS = [(), *((name,) for name in FEATURES), *itertools.combinations(FEATURES, 
 PAIRS = [names for names in PAIRS if decode_cases.go_together(*names)]
 ALL = ("pages of 3", "float8", "append", "interleaved", "cache_batch_idx", "cache_leftpad", "k_scale", "v_scale",
        "window", "alibi_slopes", "softcap", "sinks")  # fmt: skip
+BEFORE = ("many queries", "append", "rotary", "cache_leftpad", "not causal")  # positions below 0, which see keys
 SMALL = Config(16, 16, 4, 1)
 
 by_torch: dict[str, Any] = {"backend": "torch"}
@@ -44,7 +46,7 @@ def check(got: Decoded, want: Decoded, tolerance: float) -> None:
         assert_close(whole(getattr(got, name)), whole(getattr(want, name)), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("names", [*PAIRS, ALL], ids=" + ".join)
+@pytest.mark.parametrize("names", [*PAIRS, ALL, BEFORE], ids=" + ".join)
 def test_torch_backend_is_the_oracle_with_every_keyword_and_pair(names: tuple[str, ...]) -> None:
     x = decode_cases.case(*names)
     check(x.run(flash_attention_decode, **by_torch), x.oracle(), 1e-12)
@@ -58,6 +60,15 @@ def test_torch_backend_rounds_o_once(names: tuple[str, ...], dtype: torch.dtype)
     assert got.o.dtype == dtype and got.lse.dtype == torch.float32
     unit = torch.finfo(dtype).eps
     assert_close(got.o.double(), want.o, rtol=unit / 2 + 2e-6, atol=2e-6)
+    check(got._replace(o=want.o), want, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_are_not_rounded_to_qs_dtype(dtype: torch.dtype) -> None:
+    x = decode_cases.case("k_scale", "v_scale", dtype=dtype)
+    x.options["k_scale"], x.options["v_scale"] = torch.tensor([1.7, 0.3]), 0.1 + torch.rand(BATCH, HEADS_K)
+    got, want = x.run(flash_attention_decode, **by_torch), x.oracle()
+    assert_close(got.o.double(), want.o, rtol=torch.finfo(dtype).eps / 2 + 2e-6, atol=2e-6)
     check(got._replace(o=want.o), want, 2e-6)
 
 
@@ -127,6 +138,12 @@ def test_positions_past_the_rotary_tables_make_nan() -> None:
     check(got, x.oracle(), 1e-12)
 
 
+def test_keys_appended_under_the_padding_turn_as_the_first() -> None:
+    x = decode_cases.case("append", "rotary")
+    x.options["cache_leftpad"] = numbers(7, 2, 0)
+    check(x.run(flash_attention_decode, **by_torch), x.oracle(), 1e-12)
+
+
 HOSTILE: dict[str, dict[str, Any]] = {
     "a negative length": {"cache_seqlens": -1},
     "the lowest length": {"cache_seqlens": -(2**31)},
@@ -142,8 +159,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("names", [("append",), ("append", "pages of 3")], ids=" + ".join)
 @pytest.mark.parametrize("lie", HOSTILE)
 def test_a_bad_sequence_is_nan_and_others_are_as_they_were(names: tuple[str, ...], lie: str) -> None:
-    x = decode_cases.case(*names, "cache_batch_idx", "cache_leftpad")
     ((name, value),) = HOSTILE[lie].items()
+    x = decode_cases.case(*names, *([] if name == "cache_seqlens" else [name]))
     wrong = x.options[name].clone()
     wrong[0] = value
     hostile = x._replace(options={**x.options, name: wrong})
@@ -232,6 +249,22 @@ def test_the_raw_ops_refuse_to_lose_a_derivative(op: str) -> None:
                 getattr(torch.ops.flash, op)(*args)
 
 
+def test_a_compiled_tangent_raises() -> None:
+    x = decode_cases.case("append")
+    before = x.k_cache.clone()
+
+    def call(q: torch.Tensor) -> Any:
+        with forward_ad.dual_level():
+            o = flash_attention_decode(forward_ad.make_dual(q, q), x.k_cache, x.v_cache, **x.options)
+            return forward_ad.unpack_dual(o).tangent  # type: ignore[arg-type]
+
+    for no_grad in (False, True):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(not no_grad), pytest.raises(Exception, match="would be lost"):
+            torch.compile(call, backend="aot_eager", fullgraph=True)(x.q)
+    assert_close(x.k_cache, before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_vmap_raises() -> None:
     x = decode_cases.case("append")
     with pytest.raises(NotImplementedError, match="vmap"):
@@ -247,7 +280,8 @@ def arguments(op: str) -> list[Any]:
     names = ("append", "rotary", "cache_batch_idx", "cache_leftpad", "k_scale", "v_scale", "alibi_slopes", "sinks")
     x = decode_cases.case(*names, "pages of 3")
     caches = [t.nan_to_num(0.5) for t in x[1:3]]  # opcheck takes NaN for a change
-    step = Step.of(x.q, *caches, **x.options, config=SMALL)
+    q = x.q.transpose(1, 2).contiguous().transpose(1, 2)
+    step = Step.of(q, *caches, **x.options, config=SMALL)
     cache, rotary = list(step.cache), list(step.rotary or ())
     if op == "append":
         return [*cache[:2], step.k, step.v, *cache[2:], *rotary, "auto"]
@@ -263,13 +297,14 @@ def test_opcheck_passes(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.flash, op).default, tuple(arguments(op)))
 
 
-def test_an_append_is_a_write_that_autograd_knows_of() -> None:
-    x = decode_cases.case("append")
-    cache = x.k_cache.clone()
-    weight = torch.ones_like(cache, requires_grad=True)
-    product = weight * cache
-    with torch.no_grad():
-        flash_attention_decode(x.q, cache, x.v_cache, **x.options)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("by_op", [False, True])
+def test_an_append_is_a_write_that_autograd_knows_of(backend: str, by_op: bool, place: Any) -> None:
+    x = decode_cases.case("append", dtype=torch.float32, place=place)
+    weight = torch.ones_like(x.k_cache, requires_grad=True)
+    product = weight * x.k_cache
+    with torch.no_grad(), FlopCounterMode(display=False) if by_op else nullcontext():
+        flash_attention_decode(*x[:3], **x.options, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 

@@ -25,6 +25,7 @@ ARROWS = {
     "flash.kernels.score": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.band": ("flash.kernels.spec", "flash.kernels.tile"),
     "flash.kernels.softmax": ("flash.kernels.spec", "flash.kernels.tile", "flash.kernels.score"),
+    "flash.kernels.cache": (*KERNEL_PARTS, "flash.kernels.float8"),
     "flash.kernels.bias": KERNEL_PARTS,
     "flash.kernels.forward": KERNEL_PARTS,
     "flash.kernels.hopper_backward": (*KERNEL_PARTS, "flash.kernels.backward", "flash.kernels.hopper_forward"),
@@ -42,6 +43,7 @@ ARROWS = {
     "flash.autotune.leaf": ("flash.kernels.spec",),
     "flash.autotune.form": ("flash.kernels.spec",),
     "flash.autotune.tables": ("flash.kernels.spec", "flash.autotune.form"),
+    "flash.autotune.decoding": ("flash.kernels.spec", "flash.autotune.form", "flash.autotune.tables"),
     "flash.autotune.space": ("flash.kernels.spec", "flash.autotune.tables"),
     "flash.autotune.resources": ("flash.kernels.*", "flash.autotune.*", "flash.mods"),
     "flash.autotune.*": ("flash.kernels.*", "flash.autotune.*", "flash.reference"),  # tools: no call passes through

@@ -153,7 +153,7 @@ def test_a_step_is_in_the_form_that_backends_take() -> None:
     plain = Step.of(**good(), causal=False, window=3)
     assert plain.spec.raw and plain.spec.right and plain.positions == Positions(0, 3, 3)
     assert plain.new == 0 and plain.num_splits == 0 and plain.rotary is None
-    assert not Step.of(**good(), scale=-1.0).spec.raw
+    assert not Step.of(**good(), scale=-1.0).spec.raw and not Step.of(**good(), window=3).spec.right
 
 
 def test_lengths_may_lie_apart_in_memory() -> None:

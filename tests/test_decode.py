@@ -1,0 +1,477 @@
+"""The decode kernel against the oracle: what it computes from any cache, what it reads, and what it never looks at."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from flash.kernels import decode
+from flash.kernels.spec import Config
+from tests import calls, decoding
+from tests.bounds import Outputs
+from tests.calls import Place
+from tests.decoding import Call, check, random_call, run
+
+pytestmark = pytest.mark.interpret
+
+HALVES = [torch.float16, torch.bfloat16]
+PAGES = [None, 1, 3, 16, 64]  # smaller than a tile, as large, larger, and one that no tile has room for
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "not causal": {"causal": False},
+    "window": {"window": 20},
+    "window, not causal": {"window": (9, 0), "causal": False},
+    "open window": {"window": (None, 1), "causal": False},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 3.0, float("-inf")])},
+    "slopes": {"alibi_slopes": torch.tensor([0.1, 0.2, -0.3, 0.0])},
+    "slopes of each sequence": {"alibi_slopes": torch.arange(12.0).view(3, 4) / 16},
+    "left padding": {"cache_leftpad": torch.tensor([17, 0, 3], dtype=torch.int32)},
+    "slots": {"cache_batch_idx": torch.tensor([4, 0, 2], dtype=torch.int32)},
+    "scales": {"k_scale": torch.tensor([0.5, 3.0]), "v_scale": torch.tensor([2.0, 0.1])},
+    "scales of each sequence": {"k_scale": torch.rand(3, 2) + 0.5, "v_scale": torch.rand(3, 2) - 0.5},
+    "a negative scale of keys": {"k_scale": torch.tensor([-0.5, 1.0])},
+    "all of it": {
+        "window": 20,
+        "softcap": 2.0,
+        "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0]),
+        "alibi_slopes": torch.tensor([0.1, 0.2, -0.3, 0.0]),
+        "cache_leftpad": torch.tensor([17, 0, 3], dtype=torch.int32),
+        "cache_batch_idx": torch.tensor([4, 0, 2], dtype=torch.int32),
+        "k_scale": torch.tensor([0.5, 3.0]),
+        "v_scale": torch.tensor([2.0, 0.1]),
+    },
+}
+
+
+def equal(a: Outputs, b: Outputs) -> bool:
+    """Whether two results have the same bits; every NaN is the same."""
+    return all(torch.equal(x.nan_to_num(7e9), y.nan_to_num(7e9)) for x, y in ((a.o, b.o), (a.lse, b.lse)))
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("page_size", PAGES)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_errors_are_those_of_standard_attention(
+    place: Place, dtype: torch.dtype, page_size: int | None, splits: int
+) -> None:
+    x = random_call(place, (113, 64, 1), seqlen_q=2, head_dim=64, dtype=dtype, page_size=page_size)
+    check(run(x, splits), x)
+
+
+@pytest.mark.parametrize("page_size", [None, 3])
+def test_float64_is_exact_to_the_twelfth_digit(place: Place, page_size: int | None) -> None:
+    x = random_call(place, (50, 17), dtype=torch.float64, page_size=page_size, sigma=3.0)
+    check(run(x, 2), x)
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+@pytest.mark.parametrize("page_size", [None, 3, 16])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_keyword(place: Place, feature: str, page_size: int | None, seqlen_q: int, splits: int) -> None:
+    x = random_call(place, (50, 33, 4), seqlen_q=seqlen_q, page_size=page_size, **FEATURES[feature])
+    check(run(x, splits), x)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("heads, heads_k", [(2, 2), (3, 1), (8, 1)])
+def test_rows_of_a_group_share_tiles(place: Place, heads: int, heads_k: int, seqlen_q: int, causal: bool) -> None:
+    x = random_call(
+        place, (50, 37), heads=heads, heads_k=heads_k, seqlen_q=seqlen_q, page_size=16, causal=causal, window=(30, None)
+    )
+    check(run(x, 2, Config(32, 16, 4, 1)), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(16, 16), (40, 24), (64, 72), (1, 40), (128, 128)])
+def test_any_head_dim(place: Place, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> None:
+    x = random_call(place, (37,), head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype, page_size=3)
+    check(run(x, 2), x)
+
+
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("block_n", [16, 32, 64])
+@pytest.mark.parametrize("page_size", [None, 32])
+def test_any_tile(place: Place, block_m: int, block_n: int, page_size: int | None) -> None:
+    x = random_call(place, (81, 20), seqlen_q=20, page_size=page_size)
+    check(run(x, 2, Config(block_m, block_n, 4, 1)), x)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 18])
+def test_any_number_of_parts(place: Place, splits: int, seqlen_q: int) -> None:
+    for dtype, sigma in ((torch.float16, 1.0), (torch.float32, 3.0)):
+        x = random_call(place, (113, 50, 16, 2, 0), heads=2, heads_k=1, seqlen_q=seqlen_q, dtype=dtype, sigma=sigma)
+        check(run(x, splits), x)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 3, 20), (2, 1, 4), (130,)])
+def test_short_empty_and_long_sequences(place: Place, lengths: tuple[int, ...], window: int | None) -> None:
+    """Queries at positions before the first key see none."""
+    x = random_call(place, lengths, seqlen_q=5, page_size=16, window=window)
+    got = run(x, 2)
+    check(got, x)
+    for b, total in enumerate(lengths):
+        blind = max(5 - total, 0)
+        assert (got.o[b, :, :blind] == 0).all() and (got.lse[b, :, :blind] == float("-inf")).all()
+
+
+def test_without_sequences_heads_or_queries_there_is_nothing_to_do(place: Place) -> None:
+    for x in (random_call(place, ()), random_call(place, heads=0, heads_k=0), random_call(place, seqlen_q=0)):
+        for splits in (1, 2):
+            got = run(x, splits)
+            assert got.o.shape == x.q.shape and got.lse.shape == x.q.shape[:3]
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_cache_without_slots_or_pages_has_no_keys(place: Place, page_size: int | None) -> None:
+    x = random_call(place, (5, 0), page_size=page_size)
+    got = run(x._replace(k_cache=x.k_cache[:0], v_cache=x.v_cache[:0]), 2)
+    assert got.o[0].isnan().all() and got.lse[0].isnan().all()
+    assert page_size is None or (got.o[1] == 0).all() and (got.lse[1] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("page_size", [None, 3, 16])
+@pytest.mark.parametrize(
+    "dtype, stored",
+    [
+        (torch.float16, torch.float8_e4m3fn),
+        (torch.bfloat16, torch.float8_e4m3fn),
+        (torch.float32, torch.float8_e4m3fn),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+        (torch.float64, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+def test_a_cache_may_be_narrower_than_its_queries(
+    place: Place, dtype: torch.dtype, stored: torch.dtype, page_size: int | None
+) -> None:
+    factors = {"k_scale": torch.tensor([0.5, 3.0]), "v_scale": torch.tensor([2.0, 0.1])}
+    x = random_call(place, seqlen_q=2, dtype=dtype, stored=stored, page_size=page_size, **factors)
+    check(run(x, 2), x)
+
+
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_number_of_float8_is_read(
+    place: Place, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, convert: bool
+) -> None:
+    """One key: its value is what comes out, whatever the score. Where Triton converts no float8, its bytes are read."""
+    if not convert:
+        monkeypatch.setattr(decode, "converts_float8", lambda q: False)
+    numbers = place(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn))
+    x = random_call(place, (1,), heads=1, heads_k=1, head_dim=256, dtype=dtype, stored=numbers.dtype)
+    x.v_cache[0, 0, 0] = numbers
+    got = run(x).o[0, 0, 0]
+    assert torch.equal(got.nan_to_num(7e4), numbers.to(dtype).nan_to_num(7e4))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("pairs", [3, 8, 20])
+def test_queries_turn_by_their_position(place: Place, pairs: int, page_size: int | None, interleaved: bool) -> None:
+    """Positions count from the left padding; those below 0 turn as 0."""
+    angle = torch.rand(60, pairs) * 6
+    x = random_call(
+        place,
+        (50, 33, 2),
+        seqlen_q=5,
+        head_dim=40,
+        page_size=page_size,
+        cache_leftpad=torch.tensor([17, 0, 1], dtype=torch.int32),
+        rotary_cos=angle.cos(),
+        rotary_sin=angle.sin(),
+        rotary_interleaved=interleaved,
+    )
+    check(run(x, 2), x)
+
+
+def test_queries_past_the_end_of_the_angles_are_not_a_number(place: Place) -> None:
+    angle = torch.rand(40, 8)
+    x = random_call(place, (42, 30), seqlen_q=5, rotary_cos=angle.cos(), rotary_sin=angle.sin())
+    got = run(x, 2)
+    assert torch.equal(got.lse.isnan(), decoding.oracle(x).lse.isnan())
+    assert got.o[0, :, 3:].isnan().all() and got.o[0, :, :3].isfinite().all() and got.o[1].isfinite().all()
+
+
+@pytest.mark.parametrize("new", [1, 7, 20])
+@pytest.mark.parametrize("page_size", [None, 3])
+def test_new_keys_count(place: Place, page_size: int | None, new: int) -> None:
+    x = random_call(place, (50, 33, 20), seqlen_q=new, new=new, page_size=page_size)
+    check(run(x, 2), x)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-12, 3.0])
+def test_any_scale(place: Place, scale: float) -> None:
+    x = random_call(place, scale=scale)
+    check(run(x, 2), x)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+def test_dense_and_paged_have_the_same_bits(place: Place, page_size: int) -> None:
+    for splits, seqlen_q in ((1, 1), (3, 5)):
+        torch.manual_seed(1)
+        want = run(random_call(place, (113, 50, 7), seqlen_q=seqlen_q, window=40, dtype=torch.bfloat16), splits)
+        torch.manual_seed(1)
+        x = random_call(place, (113, 50, 7), seqlen_q=seqlen_q, window=40, dtype=torch.bfloat16, page_size=page_size)
+        assert equal(run(x, splits), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", range(7))
+def test_strides_change_no_bit(place: Place, kind: int, dtype: torch.dtype) -> None:
+    for page_size in (None, 16):
+        x = random_call(place, (50, 33), dtype=torch.bfloat16, stored=dtype, page_size=page_size, head_dim=24)
+        want = run(x, 2)
+        for name in ("k_cache", "v_cache"):
+            t = getattr(x, name)
+            view = list(calls.strided(place, tuple(t.shape), dtype).values())[kind]
+            assert equal(run(x._replace(**{name: view.copy_(t)}), 2), want), name
+
+
+def test_strides_of_the_small_tensors_change_no_bit(place: Place) -> None:
+    x = random_call(place, (50, 33, 20), page_size=16, **FEATURES["all of it"])
+    want = run(x, 2)
+    for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"):
+        t = x.options[name]
+        wide = place(t.new_zeros(*t.shape, 2))
+        wide[..., 1] = t
+        assert equal(run(x._replace(options=x.options | {name: wide[..., 1]}), 2), want), name
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_what_is_beside_a_sequence_changes_no_bit(place: Place, seqlen_q: int, splits: int) -> None:
+    x = random_call(place, (113, 50, 0, 33), seqlen_q=seqlen_q, dtype=torch.bfloat16, page_size=16)
+    together = run(x, splits)
+    assert equal(run(x, splits), together)
+    for b in range(4):
+        options = {name: y[b : b + 1] for name, y in x.options.items()}
+        got = run(x._replace(q=x.q[b : b + 1], options=options), splits)
+        assert equal(got, Outputs(together.o[b : b + 1], together.lse[b : b + 1])), b
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_output_is_dense_in_the_querys_axis_order(place: Place, order: tuple[int, ...], splits: int) -> None:
+    x = random_call(place, seqlen_q=3, head_dim=24, head_dim_v=40)
+    back = [order.index(axis) for axis in range(4)]
+    want = run(x, splits)
+    got = run(x._replace(q=x.q.permute(order).contiguous().permute(back)), splits)
+    assert got.o.permute(order).is_contiguous() and got.lse.is_contiguous() and equal(got, want)
+
+
+@pytest.mark.parametrize("axis", ["batch", "head", "row", "tile"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device, axis: str, paged: bool) -> None:
+    """Past 2^31 lies the last slot, page, head or key."""
+    lengths, heads = {"batch": ((7, 7, 7), 2), "head": ((7,), 3), "row": ((3,), 1), "tile": ((36,), 1)}[axis]
+    page_size = max(lengths) if paged else None
+    x = random_call(
+        place, lengths, heads=heads, heads_k=heads, dtype=torch.bfloat16, page_size=page_size, capacity=max(lengths)
+    )
+    if paged:  # without the page to spare
+        used = x.options["block_table"].long().flatten()
+        x = x._replace(k_cache=x.k_cache[used], v_cache=x.v_cache[used])
+        x.options["block_table"] = torch.arange(len(used), device=device, dtype=torch.int32)[:, None]
+    want = run(x)
+    for name in ("k_cache", "v_cache"):
+        got = run(x._replace(**{name: calls.far_apart(getattr(x, name), axis, device)}))
+        assert equal(got, want), name
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("names", [("k_cache",), ("v_cache",), ("k_cache", "v_cache")], ids=str)
+def test_a_bad_key_reaches_only_the_rows_that_see_it(
+    place: Place, names: tuple[str, ...], splits: int, poison: float
+) -> None:
+    for position, window in ((47, None), (20, None), (24, 20), (3, 20)):
+        x = random_call(place, (50, 33), seqlen_q=5, window=window)
+        clean = run(x, splits)
+        for name in names:
+            getattr(x, name)[0, 1, position, 3] = poison
+        got = run(x, splits)
+        at = torch.arange(45, 50, device=got.o.device)
+        blind = torch.ones_like(got.lse, dtype=torch.bool)
+        blind[0, 2:] = (at < position) | (at - position > (50 if window is None else window))
+        assert torch.equal(got.o[blind], clean.o[blind]) and torch.equal(got.lse[blind], clean.lse[blind]), position
+        assert torch.equal(got.o.isfinite(), decoding.oracle(x).o.isfinite()), position
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_bad_query_row_stays_alone(place: Place, poison: float) -> None:
+    x = random_call(place, (50, 33), seqlen_q=3)
+    clean = run(x, 2)
+    x.q[0, 1, 2, 3] = poison
+    got = run(x, 2)
+    others = torch.ones_like(got.lse, dtype=torch.bool)
+    others[0, 1, 2] = False
+    assert torch.equal(got.o[others], clean.o[others]) and torch.equal(got.lse[others], clean.lse[others])
+    assert not got.o[0, 1, 2].isfinite().any()
+
+
+@pytest.mark.interpret(gpu=False)  # the interpreter counts the work
+@pytest.mark.parametrize("splits", [1, 2, 9])
+@pytest.mark.parametrize(
+    "length, seqlen_q, window, pad, keys",
+    [
+        (113, 1, None, 0, 113),
+        (113, 1, None, 100, 13),
+        (113, 1, 20, 0, 21),
+        (113, 1, 20, 100, 13),
+        (113, 5, 20, 0, 25),
+        (40, 50, None, 0, 40),
+        (0, 1, None, 0, 0),
+    ],
+)
+def test_keys_that_no_query_sees_are_never_read(
+    place: Place, launches: list[Any], length: int, seqlen_q: int, window: int | None, pad: int, keys: int, splits: int
+) -> None:
+    x = random_call(
+        place, (length,), heads=2, heads_k=1, seqlen_q=seqlen_q, window=window, page_size=1, capacity=120,
+        cache_leftpad=torch.tensor([pad], dtype=torch.int32),
+    )  # fmt: skip
+    run(x, splits, Config(128, 16, 4, 1))
+    loads, first = launches[0].loads, length - keys
+    assert loads["caches.k"] == loads["caches.v"] == keys * 16
+    assert loads["caches.table"] == keys
+    tiles = -(-length // 16) - first // 16 if keys else 0
+    assert launches[0].dots == 2 * tiles
+
+
+@pytest.mark.interpret(gpu=False)
+def test_a_page_that_holds_whole_tiles_is_looked_up_once_a_tile(place: Place, launches: list[Any]) -> None:
+    run(random_call(place, (113,), heads=2, heads_k=1, page_size=64))
+    assert launches[0].loads["caches.table"] == 8
+
+
+@pytest.mark.interpret(gpu=False)
+def test_one_part_needs_no_merge(place: Place, launches: list[Any]) -> None:
+    x = random_call(place)
+    run(x, 1)
+    run(x, 2)
+    assert [launch.kernel for launch in launches] == ["decode_kernel", "decode_kernel", "merge_kernel"]
+
+
+class Hostile:
+    """Small calls of which some sequence lies about its length, slot, padding or pages."""
+
+    LIES = (-1, -(2**31), 2**31 - 1, 10**6, 2**30)
+
+    def __init__(self, place: Place, page_size: int | None) -> None:
+        self.page_size = page_size
+        pads, slots = torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1])
+        self.call = random_call(
+            place, (9, 12, 5), heads=2, heads_k=1, seqlen_q=2, capacity=12, page_size=page_size,
+            cache_leftpad=pads.to(torch.int32), cache_batch_idx=slots.to(torch.int32),
+        )  # fmt: skip
+        if page_size is not None:  # all of the table is pages, so that only what is drawn lies
+            table = self.call.options["block_table"]
+            pages = torch.randint(len(self.call.k_cache), table.shape, dtype=torch.int32, device=table.device)
+            self.call.options["block_table"] = pages
+        for t in (self.call.k_cache, self.call.v_cache):
+            t.copy_(torch.randn(t.shape))
+
+    def drawn(self, generator: torch.Generator) -> Call:
+        """The call with one to three of its numbers replaced."""
+        limits = {"cache_seqlens": 12, "cache_batch_idx": 3, "cache_leftpad": 13, "block_table": len(self.call.k_cache)}
+        options = {name: y.clone() for name, y in self.call.options.items()}
+        names = [name for name in limits if name in options]
+
+        def draw(n: int) -> int:
+            return int(torch.randint(n, (), generator=generator))
+
+        for _ in range(1 + draw(3)):
+            name = names[draw(len(names))]
+            pool = (*self.LIES, limits[name], limits[name] + 1, 0, 1, limits[name] - 1)
+            flat = options[name].view(-1)
+            flat[draw(flat.numel())] = pool[draw(len(pool))]
+        return self.call._replace(options=options, new=draw(2))
+
+    def hold(self, seed: int, splits: int) -> int:
+        """Run a drawn call; how many of its sequences are bad."""
+        x = self.drawn(torch.Generator().manual_seed(seed))
+        got, want = run(x, splits), decoding.oracle(x)
+        bad = want.lse.isnan().all(-1).all(-1)
+        assert got.o[bad].isnan().all() and got.lse[bad].isnan().all()
+        for b in (~bad).nonzero().flatten().tolist():
+            options = {name: y if name == "block_table" else y[b : b + 1] for name, y in x.options.items()}
+            alone = run(x._replace(q=x.q[b : b + 1], options=options), splits)
+            assert equal(alone, Outputs(got.o[b : b + 1], got.lse[b : b + 1])), "a good sequence changed"
+            assert torch.allclose(got.o[b].double(), want.o[b], atol=1e-5)
+        return int(bad.sum())
+
+
+@pytest.mark.parametrize("page_size", [None, 3])
+def test_limits_are_kept_to_the_number(place: Place, page_size: int | None) -> None:
+    """The largest number that is right, and the next."""
+    hostile = Hostile(place, page_size)
+    x = hostile.call
+    limits = {"cache_seqlens": 12, "cache_batch_idx": 2, "cache_leftpad": 12, "block_table": len(x.k_cache) - 1}
+    want = run(x)
+    for name, limit in limits.items():
+        if name in x.options:
+            for value, lies in ((limit, False), (0, False), (limit + 1, True), (-1, True)):
+                options = {key: y.clone() for key, y in x.options.items()}
+                options[name][1] = value  # of the sequence of 12 keys, whose slot is 0
+                if name == "block_table":
+                    options[name][1] = x.options[name][1]
+                    options[name][0, 1] = value
+                changed = x._replace(options=options)
+                got = run(changed)
+                assert bool(got.lse[1].isnan().all()) == bool(got.o[1].isnan().all()) == lies, (name, value)
+                if not lies:
+                    check(got, changed)
+                for b in (0, 2):
+                    assert torch.equal(got.o[b], want.o[b]) and torch.equal(got.lse[b], want.lse[b]), (name, value)
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 3, 16])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_hostile_lengths_and_tables_harm_their_own_sequence_only(
+    place: Place, page_size: int | None, splits: int
+) -> None:
+    hostile = Hostile(place, page_size)
+    assert sum(hostile.hold(seed, splits) for seed in range(6)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [None, 1, 3, 16])
+def test_a_thousand_hostile_lengths_and_tables(place: Place, page_size: int | None) -> None:
+    hostile = Hostile(place, page_size)
+    assert sum(hostile.hold(1000 + seed, 1 + seed % 3) for seed in range(250)) > 100
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("position", [0, 20, 45, 60])
+def test_all_tiles_of_rows_find_a_lie(place: Place, position: int, splits: int) -> None:
+    """A page that is none spoils rows that see nothing of it, too: those of the tile before it."""
+    x = random_call(place, (61, 40), heads=2, heads_k=1, seqlen_q=40, page_size=3)
+    clean = run(x, splits)
+    x.options["block_table"][0, position // 3] = -1
+    got = run(x, splits)
+    assert got.o[0].isnan().all() and got.lse[0].isnan().all()
+    assert torch.equal(got.o[1], clean.o[1]) and torch.equal(got.lse[1], clean.lse[1])
+
+
+def test_a_lie_that_nobody_sees_harms_nobody(place: Place) -> None:
+    """Pages before the window or under the padding, and past the end, may be given back."""
+    for options in ({"window": 20}, {"cache_leftpad": torch.tensor([30, 20], dtype=torch.int32)}):
+        x = random_call(place, (61, 40), seqlen_q=2, page_size=3, capacity=90, **options)
+        table = x.options["block_table"]
+        first = [61 - 2 - 20, 40 - 2 - 20] if "window" in options else [30, 20]
+        for b in range(2):
+            table[b, : first[b] // 3] = -1
+            table[b, -(-(61, 40)[b] // 3) :] = 2**31 - 1
+        check(run(x, 2), x)
+        table[0, first[0] // 3] = -1
+        got = run(x, 2)
+        assert got.o[0].isnan().all() and got.o[1].isfinite().all()
