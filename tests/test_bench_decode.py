@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import bandwidth, decode, decode_peers, decode_plot, decode_report, measure, record, run
+from bench import bandwidth, decode, decode_peers, decode_plot, decode_report, measure, plot, record, run
 from bench import cases as shapes
 from bench.cases import DECODE_CACHES, Case
 from bench.decode import Operands
@@ -42,7 +42,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def right(x: Operands) -> Tensor:
     """Attention by another way than the bench's own indexing: page by page."""
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for b, length in enumerate(x.cache_seqlens.tolist()):
         for into, cache, scale in ((keys, x.k_cache, x.k_scale), (values, x.v_cache, x.v_scale)):
             pages = [cache[b]] if x.block_table is None else [cache[page] for page in x.block_table[b].tolist()]
@@ -349,7 +350,7 @@ def test_pictures_have_a_line_for_each_peer_and_cache_and_name_the_machine(tmp_p
     pictures = decode_plot.draw(found, tmp_path)
     assert [path.name for path in pictures] == ["decode-bandwidth.png", "decode-latency.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    _, ((axes,),) = decode_plot.figure(1, 1, 4, 3)
+    _, ((axes,),) = plot.figure(1, 1, 4, 3)
     panel = decode_plot.curves(found)[64, 4]
     decode_plot.lines(axes, found, panel, decode_plot.percent)
     lines = {line.get_label(): line for line in axes.lines}
@@ -363,7 +364,7 @@ def test_pictures_have_a_line_for_each_peer_and_cache_and_name_the_machine(tmp_p
 def test_the_aim_is_drawn_on_a_gpu_alone() -> None:
     pytest.importorskip("matplotlib", reason="pictures need the bench extra")
     for aim, top in ((True, 110.0), (False, 44.0)):
-        _, ((axes,),) = decode_plot.figure(1, 1, 4, 3)
+        _, ((axes,),) = plot.figure(1, 1, 4, 3)
         decode_plot.share_axis(axes, [10.0, 40.0], aim)
         assert [list(line.get_ydata()) for line in axes.lines] == [[90.0, 90.0]] * aim
         assert axes.get_ylim() == pytest.approx((0.0, top))
