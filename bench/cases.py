@@ -9,6 +9,7 @@ backward counts as 2.5 forwards (five matrix products to two), whatever an imple
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ PASSES = ("forward", "backward", "both")
 ROWS_AT_ONCE = 1024  # queries whose visible pairs are counted in one piece
 CPU_CURVE = "the curve of Dao 2023 (arXiv 2307.08691), section 4.1, at batch 1 and hidden size 512"
 FORWARDS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+DECODE_CACHES = ("dense", "paged 16", "fp8", "paged 256")  # pages of so many keys; float8_e4m3fn with a scale a head
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ class Case:
         causal: query i sees key j when j <= i + seqlen_k - seqlen_q.
         dtype: "float32", "bfloat16" or "float16".
         series: "sweep" for a point on a curve over sequence length, "model" for a published model's shape, "feature"
-            for one shape with a feature, "long" for a point on a curve of a feature over long sequences.
+            for one shape with a feature, "long" for a point on a curve of a feature over long sequences, "decode" for a
+            new token against a cache.
         feature: what bench.features.find takes, such as "window 1024"; "" = none.
+        cache: how the keys of decoding are held, one of DECODE_CACHES; "" = not decoding.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Case:
     dtype: str
     series: str
     feature: str = ""
+    cache: str = ""
 
     @property
     def group(self) -> int:
@@ -78,8 +83,8 @@ class Case:
 
 
 def passes_of(case: Case, device: torch.device) -> tuple[str, ...]:
-    """The passes that are timed: of a feature forward and training step, of long sequences on a CPU the forward."""
-    if case.series == "long" and device.type == "cpu":
+    """The passes that are timed: of features forward and training step; of decoding, and of `long` on a CPU, one."""
+    if case.series == "decode" or (case.series == "long" and device.type == "cpu"):
         return ("forward",)
     return ("forward", "both") if case.series in ("feature", "long") else PASSES
 
@@ -331,6 +336,34 @@ def importance(case: Case) -> tuple[int, int]:
     return int(case.head_dim != 128 or case.group > 1), place
 
 
+def decode(device: torch.device, dtype: str, quick: bool = False) -> list[Case]:
+    """One new token of each sequence against the keys it has, what matters most first: a diagonal through the grid.
+
+    There are always as many key heads, so that every group of query heads reads the same bytes.
+    """
+    batches: tuple[int, ...] = (16, 1, 64, 4)
+    lengths: tuple[int, ...] = (32768, 131072, 4096, 16384, 65536)
+    heads_k, head_dim = 8, 128
+    if device.type != "cuda":
+        batches, lengths, heads_k, dtype = (1, 4), (2048, 8192, 512), 2, "float32"
+    if quick:
+        batches, lengths, heads_k, head_dim = (2,), (64, 128), 2, 16
+    groups = {
+        4: "Llama 3 8B: 32 heads, 8 of keys",
+        8: "Llama 3 70B: 64 heads, 8 of keys",
+        1: "Llama 2 7B: 32 heads, each with its own keys",
+    }
+    found: list[tuple[tuple[int, int], Case]] = []
+    for (i, held), (j, group), (m, batch), (n, seqlen) in product(
+        enumerate(DECODE_CACHES), enumerate(groups), enumerate(batches), enumerate(lengths)
+    ):
+        source = f"our own grid of batch and keys, {heads_k} key heads of {head_dim}, grouped as in {groups[group]}"
+        case = Case(f"b{batch} k{seqlen} gqa{group} {held}", source, batch, group * heads_k, heads_k, 1, seqlen,
+                    head_dim, head_dim, True, dtype, "decode", cache=held)  # fmt: skip
+        found.append(((i + j, m + n), case))
+    return [case for _, case in sorted(found, key=lambda each: each[0])]
+
+
 def memory(device: torch.device) -> list[Case]:
     """Where peak memory is measured on a CPU, a fresh process each: the timed curve, full, and twice as far."""
     curve = sweep(CPU_CURVE, "float32", None, 512, (64,), (512, 1024, 2048, 4096, 8192))
@@ -347,7 +380,8 @@ def quick() -> list[Case]:
 def suite(name: str, device: torch.device, dtype: str = "bfloat16", small: bool = False) -> list[Case]:
     """The cases of a suite, or of the feature suites small ones, to see that the harness works.
 
-    "cpu", "sweep", "models", "all" (sweep and models), "quick", "features", "long", "speed", or "auto" (cpu or all).
+    "cpu", "sweep", "models", "all" (sweep and models), "quick", "features", "long", "speed", "decode", or "auto" (cpu
+    or all).
     """
     if name == "auto":
         name = "all" if device.type == "cuda" else "cpu"
@@ -360,6 +394,7 @@ def suite(name: str, device: torch.device, dtype: str = "bfloat16", small: bool 
         "features": lambda: features(device, dtype, small),
         "long": lambda: long(device, dtype, small),
         "speed": lambda: speed(device, dtype, small),
+        "decode": lambda: decode(device, dtype, small),
     }
     if name not in made:
         raise ValueError(f"suite must be one of auto, {', '.join(made)}, got {name}")

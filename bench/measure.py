@@ -16,7 +16,7 @@ imports, thread pools and the operands do not count; the mark is then put back t
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +92,13 @@ def passes(attention: Attention, *tensors: torch.Tensor) -> dict[str, Callable[[
     return {"forward": forward, "backward": backward, "both": both}
 
 
+def quantiles(times: Sequence[float]) -> Latency:
+    """Median and spread of samples."""
+    asked = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    median, p20, p80 = torch.quantile(torch.tensor(times, dtype=torch.float64), asked).tolist()
+    return Latency(median, p20, p80, len(times))
+
+
 def latency(call: Callable[[], object], device: torch.device, effort: Effort) -> Latency:
     """Median and spread of call()."""
     if device.type == "cuda":
@@ -113,9 +120,7 @@ def latency(call: Callable[[], object], device: torch.device, effort: Effort) ->
             times = [1e3 * t for t in timer.blocked_autorange(min_run_time=effort.seconds).times]
             while len(times) < effort.samples:
                 times += [1e3 * t for t in timer.timeit(1).times]
-    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    median, p20, p80 = torch.quantile(torch.tensor(times, dtype=torch.float64), quantiles).tolist()
-    return Latency(median, p20, p80, len(times))
+    return quantiles(times)
 
 
 def gpu_peak(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:

@@ -73,7 +73,7 @@ class Record:
     cases: dict[str, Case]
     checked: dict[str, str]  # case -> how much of it was compared with the oracle
     rows: dict[tuple[str, str, str], Row]
-    speed: dict[str, Any] = field(default_factory=dict)  # of the speed suite: ceilings, clocks, tiles, seconds, race
+    speed: dict[str, Any] = field(default_factory=dict)  # of the speed and the decode suite: what beside their rows
 
     def row(self, case: str, peer: str, what: str) -> Row | None:
         """The row of a case, a peer and a pass, if there is one."""

@@ -5,13 +5,14 @@
     python -m bench.run --suite features   # what a mask, a bias, dropout .. cost: features.json, .md and .png
     python -m bench.run --suite long       # windows and documents in long sequences: long.json, .md, long-context.png
     python -m bench.run --suite speed      # side by side with the best there is: speed.json, .md, speed-*.png
+    python -m bench.run --suite decode     # one token against a cache of keys: decode.json, .md, decode-*.png
     python -m bench.run --suite overhead   # what calling costs in Python, without a GPU too: bench/overhead.py
 
 Nothing is timed before its result matched the float64 oracle (bench/check.py). Every combination of case, peer and pass
 leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, with the reason.
 
-The speed suite on a GPU has peers in processes of their own (bench/apart.py) and ends by itself within ten minutes;
-what it did not come to is skipped, and --resume goes on there.
+The speed and the decode suite on a GPU end by themselves within ten minutes; what they did not come to is skipped, and
+--resume goes on there. The speed suite there has peers in processes of their own (bench/apart.py).
 """
 
 import argparse
@@ -27,9 +28,11 @@ from typing import Any
 import torch
 
 from bench import cases as shapes
+from bench import decode, decode_peers
 from bench import measure as meter
 from bench import record as records
 from bench.apart import Apart, folder
+from bench.bandwidth import APART, REPLAY
 from bench.cases import Case, passes_of
 from bench.check import Expected, expect
 from bench.measure import Effort, OutOfMemory
@@ -45,7 +48,8 @@ CPU_LIMIT, CPU_PATIENCE = 225.0, 0.5
 LONGER_LIMIT = 1200.0  # of the suites that nobody waits for
 MEMORY_SHARE = 0.3  # of the time limit, so that a busy machine still times something
 FEATURE_SUITES = ("features", "long")  # each with files of its own, few peers, and patience for all of them
-SPEED = "speed"
+SPEED, DECODE = "speed", "decode"
+OWN_FILES = (*FEATURE_SUITES, SPEED, DECODE)
 SPEED_LIMIT, SPEED_PATIENCE = 500.0, 60.0  # of a call that may take ten minutes; of one peer's job, compiling included
 
 Progress = Callable[[str], None]
@@ -132,7 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=shown)
     option = parser.add_argument
-    suites = "auto, cpu, sweep, models, all, quick, features, long, speed or overhead (default: auto)"
+    suites = "auto, cpu, sweep, models, all, quick, features, long, speed, decode or overhead (default: auto)"
     option("--suite", default="auto", help=suites)
     option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
     option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
@@ -142,7 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
     option("--seed", type=int, default=0, help="of the operands (default: 0)")
     option("--threads", type=int, default=min(2, torch.get_num_threads()), help="of a CPU (default: 2)")
-    limits = f"{CPU_LIMIT:g} on a CPU, {LONGER_LIMIT:g} for features and long, {SPEED_LIMIT:g} for speed on a GPU"
+    limits = f"{CPU_LIMIT:g} on a CPU, {LONGER_LIMIT:g} for features, long, {SPEED_LIMIT:g} for speed, decode on a GPU"
     option("--limit", type=float, help=f"seconds after which nothing is begun (default: {limits})")
     patience = f"{CPU_PATIENCE:g} on a CPU; of its whole job where peers are apart, {SPEED_PATIENCE:g}"
     option("--patience", type=float, help=f"of a peer's check, in seconds (default: {patience})")
@@ -156,12 +160,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def suite_of(args: argparse.Namespace) -> str:
     """The suite's name; --quick makes a suite with files of its own small, and stands for "quick" with any other."""
-    return "quick" if args.quick and args.suite not in (*FEATURE_SUITES, SPEED) else str(args.suite)
+    return "quick" if args.quick and args.suite not in OWN_FILES else str(args.suite)
 
 
 def weighed_cases(args: argparse.Namespace, settings: Settings, wanted: Sequence[Case]) -> list[Case]:
     """The cases whose peak memory is measured apart, on a CPU: the suite's curve, or long sequences, longest first."""
-    if not settings.memory or settings.device.type == "cuda" or suite_of(args) in ("features", SPEED):
+    if not settings.memory or settings.device.type == "cuda" or suite_of(args) in ("features", SPEED, DECODE):
         return []
     if suite_of(args) == "long":
         return list(reversed(wanted))
@@ -174,15 +178,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cpu = device.type == "cpu"
     never = float("inf")
-    speed = args.suite == SPEED
+    speed, ends = args.suite == SPEED, args.suite in (SPEED, DECODE)
     default = LONGER_LIMIT if args.suite in FEATURE_SUITES else CPU_LIMIT
-    limit = args.limit if args.limit is not None else default if cpu else SPEED_LIMIT if speed else never
-    patient = not cpu or args.suite in (*FEATURE_SUITES, SPEED)
+    limit = args.limit if args.limit is not None else default if cpu else SPEED_LIMIT if ends else never
+    patient = not cpu or args.suite in OWN_FILES
     patience = args.patience if args.patience is not None else (never if patient else CPU_PATIENCE)
     effort = CPU_EFFORT if cpu else GPU_EFFORT
     effort = QUICK_EFFORT if args.quick else LONG_EFFORT if cpu and args.suite == "long" else effort
     now = time.monotonic()
-    memory = not args.no_memory and not speed
+    memory = not args.no_memory and not ends
     return Settings(
         device, args.seed, args.threads, effort, memory, patience, now + limit, now + MEMORY_SHARE * limit, speed
     )
@@ -198,22 +202,37 @@ def described(args: argparse.Namespace, settings: Settings) -> dict[str, object]
         "seed": settings.seed,
         "threads": settings.threads,
         "effort": settings.effort._asdict(),
-        "timer": "triton.testing.do_bench"
-        if settings.device.type == "cuda"
-        else "timeit, and torch.utils.benchmark.Timer for calls shorter than effort.seconds",
+        "timer": timer(args, settings),
         "statistics": "median, 20th and 80th percentile",
         "memory": ""
-        if args.suite == SPEED
+        if args.suite in (SPEED, DECODE)
         else "torch.cuda.max_memory_allocated"
         if settings.device.type == "cuda"
         else "VmHWM of a fresh process",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "peers": {peer.name: peer.what for peer in PEERS.values()},
+        "peers": {peer.name: peer.what for peer in peers_of(args.suite).values()},
     }
+
+
+def timer(args: argparse.Namespace, settings: Settings) -> str:
+    """What measures latencies, in words."""
+    gpu = settings.device.type == "cuda"
+    told = "timeit, and torch.utils.benchmark.Timer for calls shorter than effort.seconds"
+    if args.suite != DECODE:
+        return "triton.testing.do_bench" if gpu else told
+    told = f"triton.testing.do_bench_cudagraph, {REPLAY:g} ms a replay" if gpu else told
+    return f"{told}; each call on another copy of its cache, {APART[settings.device.type] / 1e6:.0f} MB of them in turn"
+
+
+def peers_of(suite: str) -> dict[str, Peer]:
+    """Who can be measured in a suite."""
+    return decode_peers.PEERS if suite == DECODE else PEERS
 
 
 def suited(suite: str) -> tuple[str, ...]:
     """The peers of a suite where none are named."""
+    if suite == DECODE:
+        return tuple(decode_peers.PEERS)
     if suite in FEATURE_SUITES:
         return FEATURE_PEERS
     # SDPA goes backend by backend where it is not features that are timed; standard attention is no rival in a race.
@@ -222,10 +241,10 @@ def suited(suite: str) -> tuple[str, ...]:
 
 
 def files_of(suite: str, dtype: str, device: torch.device) -> tuple[str, str]:
-    """The stem of a suite's JSON and the name of its page; a race in another dtype has files of its own."""
-    if suite == SPEED and device.type == "cuda" and dtype != "bfloat16":
-        suite = f"{SPEED}-{dtype}"
-    elif suite not in (*FEATURE_SUITES, SPEED):
+    """The stem of a suite's JSON and the name of its page; races in another dtype have files of their own."""
+    if suite in (SPEED, DECODE) and device.type == "cuda" and dtype != "bfloat16":
+        suite = f"{suite}-{dtype}"
+    elif suite not in OWN_FILES:
         return "results", "report.md"
     return suite, f"{suite}.md"
 
@@ -287,13 +306,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"the benchmark needs {error.name}: pip install 'flash-triton[bench]'", file=sys.stderr)
         return 2
-    from bench import plot, race, race_plot, report
+    from bench import decode_plot, decode_report, plot, race, race_plot, report
 
     torch.set_num_threads(settings.threads)
     name = suite_of(args)
     suite = shapes.suite(name, settings.device, args.dtype, args.quick)
     wanted = [case for case in suite if not args.cases or any(text in case.name for text in args.cases)]
-    peers = [PEERS[peer] for peer in args.peers or suited(name)]
+    if unknown := set(args.peers) - set(peers_of(name)):
+        print(f"the {name} suite has no peer {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    peers = [peers_of(name)[peer] for peer in args.peers or suited(name)]
     machine = records.machine(settings.device, settings.threads)
     out = args.out or RESULTS / records.slug(machine)
     out.mkdir(parents=True, exist_ok=True)
@@ -319,15 +341,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         weigh_all(record, weighed, weighed_peers, settings, step)
         if name == SPEED:
             race_all(record, wanted, peers, settings, step, path, args)
+        elif name == DECODE:
+            decode.time_all(record, wanted, peers, settings, step, path)
         else:
             time_all(record, wanted, peers, settings, step, lambda case: record.save(path))
     records.compare_peers(record)
     if name == SPEED:
         race.finish(record, settings.deadline)
+    elif name == DECODE:
+        decode_report.finish(record)
     record.save(path)
-    text = race.report(record) if name == SPEED else report.report(record)
+    text = {SPEED: race, DECODE: decode_report}.get(name, report).report(record)
     (out / page).write_text(text)
-    pictures = race_plot.draw(record, out, stem) if name == SPEED else plot.draw(record, out)
+    drawing = {SPEED: race_plot, DECODE: decode_plot}.get(name)
+    pictures = drawing.draw(record, out, stem) if drawing else plot.draw(record, out)
     print(*pictures, text, sep="\n")
     ours = [row for row in record.rows.values() if row.peer in OURS_ALL]
     return int(any(row.outcome in ("wrong", "error") or row.peak_outcome == "error" for row in ours))
