@@ -75,7 +75,8 @@ def factors(x: torch.Tensor | None) -> View | None:
     """A [batch or 1, heads_k or 1] tensor as one kernel argument."""
     if x is None:
         return None
-    return View(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)), 0, 0)
+    stride_b, stride_h = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return View(x, stride_b, stride_h, 0, 0)
 
 
 @triton.jit
