@@ -115,14 +115,16 @@ def test_any_number_of_parts(place: Place, splits: int, seqlen_q: int) -> None:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("lengths", [(0, 0), (0, 3, 20), (2, 1, 4), (130,)])
-def test_short_empty_and_long_sequences(place: Place, lengths: tuple[int, ...], window: int | None) -> None:
+@pytest.mark.parametrize("lengths, seqlen_q", [((0, 0), 5), ((0, 3, 20), 5), ((2, 1, 4), 5), ((130,), 5), ((0, 3), 20)])
+def test_short_empty_and_long_sequences(
+    place: Place, lengths: tuple[int, ...], seqlen_q: int, window: int | None
+) -> None:
     """Queries at positions before the first key see none."""
-    x = random_call(place, lengths, seqlen_q=5, page_size=16, window=window)
+    x = random_call(place, lengths, seqlen_q=seqlen_q, page_size=16, window=window)
     got = run(x, 2)
     check(got, x)
     for b, total in enumerate(lengths):
-        blind = max(5 - total, 0)
+        blind = max(seqlen_q - total, 0)
         assert (got.o[b, :, :blind] == 0).all() and (got.lse[b, :, :blind] == float("-inf")).all()
 
 
@@ -297,6 +299,17 @@ def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device,
     for name in ("k_cache", "v_cache"):
         got = run(x._replace(**{name: calls.far_apart(getattr(x, name), axis, device)}))
         assert equal(got, want), name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_table_may_pass_32_bits(place: Place, device: torch.device, axis: int) -> None:
+    x = random_call(place, (6, 3, 5), page_size=2)
+    want = run(x)
+    far = 2**30 + 8  # the third is past 2^31
+    strides = (far, 1) if axis == 0 else (1, far)
+    spread = torch.empty(2 * far + 3, dtype=torch.int32, device=device).as_strided((3, 3), strides)
+    x.options["block_table"] = spread.copy_(x.options["block_table"])
+    assert equal(run(x), want)
 
 
 @pytest.mark.sampled(3)
