@@ -87,11 +87,8 @@ def entry(x, b):
 
 @triton.jit
 def factor(x, b, h, DTYPE: tl.constexpr):
-    """x[b, h], what stored numbers are multiplied by; 1 where there is none."""
-    if x is None:
-        return tl.full([], 1.0, DTYPE)
-    else:
-        return tl.load(x.ptr + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h).to(DTYPE)
+    """x[b, h], what stored numbers are multiplied by."""
+    return tl.load(x.ptr + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h).to(DTYPE)
 
 
 @triton.jit
