@@ -2,11 +2,13 @@
 #   make test PYTHON=python3.12      another interpreter
 #   make test VENV=                  no virtual environment: the packages that PYTHON already has
 #   make test JOBS=8                 more test processes
+#   make test-slow SHARE=4         of each slow test every fourth set of parameters
 #   make mutants MUTANTS="--sample 100 --seed 7"   some of them
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+SHARE ?= 1
 SANITIZER ?= compute-sanitizer
 
 ifeq ($(strip $(VENV)),)
@@ -46,8 +48,8 @@ test: $(READY) ## the tests: kernels interpreted, then kernels compiled (within 
 	$(PY) $(PYTEST) -m "aot and not slow"
 
 test-slow: $(READY) ## what `make test` leaves out
-	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "slow and not aot and not gpu"
-	$(PY) $(PYTEST) -m "slow and aot"
+	TRITON_INTERPRET=1 $(PY) $(PYTEST) --share $(SHARE) -m "slow and not aot and not gpu"
+	$(PY) $(PYTEST) --share $(SHARE) -m "slow and aot"
 
 test-integrations: .venv-integrations/.ready ## other people's models: installs transformers, neuralforecast, ... (some 1 GB) beside
 	.venv-integrations/bin/python $(PYTEST) -m integrations
@@ -67,8 +69,8 @@ sanitize: $(READY) ## a few of them under NVIDIA's compute-sanitizer: stray acce
 compat: $(COMPAT:%=compat-%) ## the interpreted kernel tests on other Tritons (Python >= 3.11)
 
 compat-%: .venv-triton-%/.ready
-	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) -m "interpret and not gpu and not slow"
-	$(if $(filter $*,$(HOPPER_COMPAT)),.venv-triton-$*/bin/python $(PYTEST) -m "aot and not slow" tests/test_hopper_*.py)
+	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) --share $(SHARE) -m "interpret and not gpu and not slow"
+	$(if $(filter $*,$(HOPPER_COMPAT)),.venv-triton-$*/bin/python $(PYTEST) --share $(SHARE) -m "aot and not slow" tests/test_hopper_*.py)
 
 mutants: $(READY) ## the tests are tested: small changes to the kernels, each of which they must notice
 	$(PY) -m tests.mutation.run --jobs $(JOBS) $(MUTANTS)

@@ -23,22 +23,39 @@ import torch
 
 from bench import record as records
 
-CALLS = 1000
-ROUNDS = 7
+WARM = 10  # calls that tell how many make a round
+ROUND = 0.008  # seconds of calls whose mean counts as one measurement
+ROUNDS = 21
 SIZES = (1, 8, 1024, 128)
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    """The CPU time of one call: the least mean of several rounds."""
-    for _ in range(CALLS // 10):
-        call()
-    best = float("inf")
+Call = Callable[[], Any]
+
+
+def microseconds(ways: dict[str, Call]) -> dict[str, float | None]:
+    """The CPU time of one call of each: the least mean of several rounds; None of what is not served.
+
+    A machine may be slow for seconds on end, so that rounds of the same call are as far apart as can be.
+    """
+    found: dict[str, float | None] = dict.fromkeys(ways)
+    rounds = {}
+    for name, call in ways.items():
+        with suppress(NotImplementedError):
+            call()  # compiles
+            rounds[name] = max(1, round(ROUND / mean(call, WARM)))
     for _ in range(ROUNDS):
-        start = time.thread_time()
-        for _ in range(CALLS):
-            call()
-        best = min(best, time.thread_time() - start)
-    return 1e6 * best / CALLS
+        for name, calls in rounds.items():
+            took = 1e6 * mean(ways[name], calls)
+            found[name] = min(took, found[name] or took)
+    return found
+
+
+def mean(call: Call, calls: int) -> float:
+    """Seconds of this thread's CPU time that a call takes, of so many."""
+    start = time.thread_time()
+    for _ in range(calls):
+        call()
+    return (time.thread_time() - start) / calls
 
 
 def stand_in() -> Any:
@@ -77,8 +94,8 @@ def pretend() -> None:
     dispatch.target_of = lambda device: "cuda:90"  # type: ignore[assignment]
 
 
-def rows(device: torch.device) -> dict[str, float | None]:
-    """{what: microseconds a call}, None for what is not served."""
+def rows(device: torch.device) -> dict[str, Call]:
+    """{what: the call that is timed}."""
     from torch.nn.functional import scaled_dot_product_attention
 
     from flash import autograd, dispatch, ops, plans
@@ -87,67 +104,53 @@ def rows(device: torch.device) -> dict[str, float | None]:
     from flash.problem import Problem
 
     q, k, v = (torch.zeros(SIZES, dtype=torch.bfloat16, device=device) for _ in range(3))
-    found: dict[str, float | None] = {"torch.empty_like": microseconds(partial(torch.empty_like, q))}
-    found["flash_attention"] = microseconds(lambda: flash_attention(q, k, v, causal=True))
-    plain = (q, k, v, True, None, None, "auto")
-    found["  what else is asked"] = microseconds(partial(plans.watched, q, k, v))
-    found["  the plan's call"] = microseconds(partial(plans.attend, *plain))
+    flash_attention(q, k, v, causal=True)
     (plan,) = plans.plans.values()
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=device)
-    found["    its launch"] = microseconds(partial(plan.launch, q, k, v, o, lse))
 
     def other_lengths() -> None:
         plans.plans.clear()
         flash_attention(q, k, v, causal=True)
 
-    found["  of other lengths than before"] = microseconds(other_lengths)
-    problem = Problem.of(q, k, v, causal=True)
-    p, config = problem, dispatch.tuned(problem, "forward").config
-    operands, *call = ops.call_of(problem)
-    dispatched = partial(dispatch.forward, problem)
-    ordinary = lambda: autograd.attend(Problem.of(q, k, v, causal=True))  # noqa: E731
-    found["without a plan"] = microseconds(ordinary)
-    found["  checks"] = microseconds(lambda: Problem.of(q, k, v, causal=True))
-    found["  op and dispatch"] = microseconds(lambda: torch.ops.flash.forward(q, k, v, operands, *call))
-    found["    dispatch and kernel"] = microseconds(dispatched)
-    found["      backend and tables"] = microseconds(lambda: (dispatch.chosen(p), dispatch.tuned(p, "forward")))
-    found["      arguments and launch"] = microseconds(
-        lambda: planned_forward(q, k, v, p.mods, p.spec, p.scale, p.positions, config)
-    )
+    p = Problem.of(q, k, v, causal=True)
+    config = dispatch.tuned(p, "forward").config
+    operands, *call = ops.call_of(p)
     few = (1, 1, 1, 1) if device.type == "cpu" else SIZES
     x = torch.zeros(few, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, device=device)
-    found["scaled_dot_product_attention"] = microseconds(lambda: scaled_dot_product_attention(x, x, x))
-    found |= {
-        f"flash: {name}": value for name, value in paths(lambda q: flash_attention(q, k, v, causal=True), q).items()
+    ours = paths(lambda q: flash_attention(q, k, v, causal=True), q)
+    theirs = paths(lambda x: scaled_dot_product_attention(x, x, x), x)
+    return {
+        "torch.empty_like": partial(torch.empty_like, q),
+        "flash_attention": lambda: flash_attention(q, k, v, causal=True),
+        "  what else is asked": partial(plans.watched, q, k, v),
+        "  the plan's call": partial(plans.attend, q, k, v, True, None, None, "auto"),
+        "    its launch": partial(plan.launch, q, k, v, o, lse),
+        "  of other lengths than before": other_lengths,
+        "without a plan": lambda: autograd.attend(Problem.of(q, k, v, causal=True)),
+        "  checks": lambda: Problem.of(q, k, v, causal=True),
+        "  op and dispatch": lambda: torch.ops.flash.forward(q, k, v, operands, *call),
+        "    dispatch and kernel": partial(dispatch.forward, p),
+        "      backend and tables": lambda: (dispatch.chosen(p), dispatch.tuned(p, "forward")),
+        "      arguments and launch": lambda: planned_forward(q, k, v, p.mods, p.spec, p.scale, p.positions, config),
+        "scaled_dot_product_attention": lambda: scaled_dot_product_attention(x, x, x),
+        **{f"flash: {name}": way for name, way in ours.items()},
+        **{f"SDPA: {name}": way for name, way in theirs.items()},
     }
-    found |= {
-        f"SDPA: {name}": value for name, value in paths(lambda x: scaled_dot_product_attention(x, x, x), x).items()
-    }
-    return found
 
 
-def paths(attend: Callable[[torch.Tensor], Any], q: torch.Tensor) -> dict[str, float | None]:
-    """What a call costs by the ways through torch other than the shortest; None for one that is not served."""
+def paths(attend: Callable[[torch.Tensor], Any], q: torch.Tensor) -> dict[str, Call]:
+    """A call by the ways through torch other than the shortest."""
     leaf, do, batch = q.detach().requires_grad_(), torch.zeros_like(q), torch.stack([q, q])
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-
-    def both() -> Any:
-        return torch.autograd.grad(attend(leaf), leaf, do)
-
-    ways: dict[str, Callable[[], Any]] = {
-        "with gradients": lambda: attend(leaf),
-        "forward and backward": both,
+    return {
+        "with gradients": torch.enable_grad()(lambda: attend(leaf)),
+        "forward and backward": torch.enable_grad()(lambda: torch.autograd.grad(attend(leaf), leaf, do)),
         "torch.func.vjp": lambda: torch.func.vjp(attend, q),
         "torch.func.vjp and its backward": lambda: torch.func.vjp(attend, q)[1](do),
         "torch.func.jvp": lambda: torch.func.jvp(attend, (q,), (do,)),
         "torch.vmap over 2": lambda: torch.vmap(attend)(batch),
         "torch.compile": lambda: compiled(q),
     }
-    found: dict[str, float | None] = dict.fromkeys(ways)
-    for name, way in ways.items():
-        with torch.set_grad_enabled(way is both or name == "with gradients"), suppress(NotImplementedError):
-            found[name] = microseconds(way)
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,14 +165,18 @@ def main(argv: list[str] | None = None) -> int:
         pretend()
     torch.set_num_threads(1)
     with torch.no_grad():
-        found = rows(device)
+        found = microseconds(rows(device))
     if options.json:
         print(json.dumps(found))
         return 0
     text = table(found)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine, "settings": {"calls": CALLS, "rounds": ROUNDS}, "microseconds": found}
+        content = {
+            "machine": machine,
+            "settings": {"round_s": ROUND, "rounds": ROUNDS},
+            "microseconds": found,
+        }
         (options.out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
         about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
         note = (__doc__ or "").split("\n\n")[-1].strip()

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from zlib import crc32
 
@@ -45,23 +45,55 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # xdist brings the processes
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each test only every N-th set of parameters, drawn by name",
+    )
+
+
+def drawn(items: list[pytest.Item], share: int) -> list[pytest.Item]:
+    """Every `share`-th of the sets of parameters of one test, at least one: alike in every process."""
+    ranked = sorted(items, key=lambda item: crc32(item.name.encode()))
+    return ranked[: -(-len(ranked) // share)]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Marks before `-m` deselects, `--share` after it."""
+    mark(config, items)
+    yield
+    if (share := config.getoption("share")) > 1:
+        kept = {item.nodeid for function in by_function(items) for item in drawn(function, share)}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
+
+
+def by_function(items: list[pytest.Item]) -> Iterable[list[pytest.Item]]:
+    """The items of each test, whatever their parameters."""
+    found: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        found[item.nodeid.partition("[")[0]].append(item)
+    return found.values()
+
+
+def mark(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test marked `interpret` runs where kernels are interpreted, and by `-m gpu` on a GPU, unless gpu=False.
 
     Of one marked `sampled(n)` as well every n-th set of parameters, drawn by name, is for all runs; others are slow's.
     """
     on_gpu = _asks_for(config, "gpu") and not _interpreted()
-    drawn: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("sampled") and item.get_closest_marker("interpret"):
-            drawn[item.nodeid.partition("[")[0]].append(item)
-    for function in drawn.values():
-        mark = function[0].get_closest_marker("sampled")
-        assert mark is not None
-        function.sort(key=lambda item: crc32(item.name.encode()))
-        for item in function[-(-len(function) // mark.args[0]) :]:
-            item.add_marker(pytest.mark.slow)
+    sampled = [item for item in items if item.get_closest_marker("sampled") and item.get_closest_marker("interpret")]
+    for function in by_function(sampled):
+        every = function[0].get_closest_marker("sampled")
+        assert every is not None
+        kept = {item.nodeid for item in drawn(function, every.args[0])}
+        for item in function:
+            if item.nodeid not in kept:
+                item.add_marker(pytest.mark.slow)
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         mark = item.get_closest_marker("interpret")

@@ -160,11 +160,11 @@ from flash.attention import flash_attention
 from flash.problem import Problem
 
 overhead.pretend()
-overhead.CALLS, overhead.ROUNDS = 20, 3
+overhead.ROUND, overhead.ROUNDS = 1e-4, 3
 launched, checked, timed = [], [], []
 driver.active.launcher_cls = lambda source, metadata: lambda *args: launched.append(source)
 with torch.no_grad():
-    rows = overhead.rows(torch.device("cpu"))
+    rows = overhead.microseconds(overhead.rows(torch.device("cpu")))
 check = Problem.of
 Problem.of = staticmethod(lambda *args, **options: checked.append(args) or check(*args, **options))
 q = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
@@ -175,7 +175,7 @@ with torch.no_grad():
         for _ in range(calls):
             flash_attention(q, q, q, causal=True)
         counts.append([len(launched), len(checked)])
-overhead.microseconds(lambda: timed.append(0))
+overhead.microseconds({"": lambda: timed.append(0)})
 print(json.dumps([rows, counts, len(timed)]))
 """
 
@@ -185,7 +185,9 @@ def test_the_launch_is_found_by_a_key_and_measured() -> None:
     pytest.importorskip("triton")
     rows, (first, later), timed = printed(MEASURE, prelude="")
     assert first == [1, 1] and later == [5, 0], "each call is launched, and checked only where its key is new"
-    assert timed == 20 // 10 + 3 * 20
+    assert timed > 11 and (timed - 11) % 3 == 0, (
+        "one call that compiles, ten that tell how many make a round, three rounds"
+    )
     served = {name: value for name, value in rows.items() if name != "SDPA: torch.func.jvp"}  # torch has none
     assert all(value > 0 for value in served.values()), rows
     assert rows["torch.empty_like"] < rows["flash_attention"] < rows["without a plan"], rows

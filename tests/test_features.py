@@ -27,7 +27,7 @@ GRADIENTS = ("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks")
 pytestmark = BOTH
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", features.NAMES)
 def test_a_feature_is_within_the_bounds_of_every_dtype(
@@ -91,7 +91,7 @@ def test_a_mask_of_any_broadcast_shape(place: Place, backend: str, full: tuple[b
     check(features.run(x, backend), x)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("kind", range(7))
 @pytest.mark.parametrize("name", ["bias", "mask"])
 def test_strides_of_an_operand_change_no_bit(place: Place, backend: str, name: str, kind: int) -> None:
@@ -181,7 +181,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["padding", "bias", "alibi_slopes", "window", "mask_mod"])
 def test_nothing_is_expanded_to_the_square_of_the_length(place: Place, backend: str, name: str) -> None:
     batch, heads, n = (2, 8, 2048) if backend == "torch" else (4, 4, 128)

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.aot
 
-PROCESSES = 4
+PROCESSES = 3
 
 
 def test_a_call_made_before_costs_little_more_than_its_allocations() -> None:

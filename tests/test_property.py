@@ -66,7 +66,7 @@ COMMON = settings(deadline=None, derandomize=True, suppress_health_check=list(He
 
 
 @pytest.mark.interpret
-@settings(COMMON, max_examples=15)
+@settings(COMMON, max_examples=8)
 @CALLS
 def test_a_drawn_call_equals_the_oracle(place: Place, keywords: dict[str, Any], configs: Configs) -> None:
     hold(place, keywords, configs)
@@ -115,7 +115,7 @@ TRIPLES = given(triples(), CONFIGS)
 
 
 @BOTH
-@settings(COMMON, max_examples=12)
+@settings(COMMON, max_examples=6)
 @TRIPLES
 def test_three_features_drawn_together_equal_the_oracle(
     place: Place, backend: str, drawn: tuple[list[str], features.Sizes, int], configs: Configs

@@ -32,7 +32,7 @@ def window_of(left: Side, right: Side) -> Any:
     return left if left == right else (left, right)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @BOTH
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True])
@@ -52,7 +52,7 @@ def test_the_support_of_each_row_is_the_window_s(
         assert torch.equal((o[0, 0] > 0).cpu(), want), (left, right)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @BOTH
 @pytest.mark.parametrize("q_offset", [-40, -7, 0, 11, 60, 2**40, torch.tensor([3, -9])], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
@@ -173,7 +173,7 @@ def test_tiles_outside_the_window_are_never_visited(
     counted(x, launches, band(seqlen_q, seqlen_k, q_offset, left, right, causal))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [(7, 7), (20, 0), (None, 5)], ids=str)
