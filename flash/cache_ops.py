@@ -69,7 +69,7 @@ def attend(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     rotary = step.rotary or (None, None, False)
     q = step.q
     if compiling and forward_ad._current_level >= 0:
-        q = torch.ops.flash.lost(q)  # a compiler may drop a tangent before our op could see it
+        q = torch.ops.flash.lost(q)  # while it compiles: later there would be an append before it
     if step.k is not None:
         torch.ops.flash.append(k_cache, v_cache, step.k, step.v, *rest, *rotary, step.backend)
     return torch.ops.flash.decode(  # type: ignore[no-any-return]

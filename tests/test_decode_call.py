@@ -249,19 +249,28 @@ def test_the_raw_ops_refuse_to_lose_a_derivative(op: str) -> None:
                 getattr(torch.ops.flash, op)(*args)
 
 
-def test_a_compiled_tangent_raises() -> None:
+@pytest.mark.parametrize("no_grad", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_tangent_raises_before_anything_is_written(no_grad: bool, backend: str) -> None:
     x = decode_cases.case("append")
     before = x.k_cache.clone()
 
     def call(q: torch.Tensor) -> Any:
-        with forward_ad.dual_level():
-            o = flash_attention_decode(forward_ad.make_dual(q, q), x.k_cache, x.v_cache, **x.options)
-            return forward_ad.unpack_dual(o).tangent  # type: ignore[arg-type]
+        return flash_attention_decode(q, x.k_cache, x.v_cache, **x.options)
 
-    for no_grad in (False, True):
+    def within(q: torch.Tensor) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(q, q))).tangent
+
+    def around(q: torch.Tensor) -> Any:
+        with forward_ad.dual_level():
+            return compiled(forward_ad.make_dual(q, q))
+
+    for function, whole in ((within, within), (around, call)):
         torch._dynamo.reset()
+        compiled = torch.compile(whole, backend=backend, fullgraph=True)
         with torch.set_grad_enabled(not no_grad), pytest.raises(Exception, match="would be lost"):
-            torch.compile(call, backend="aot_eager", fullgraph=True)(x.q)
+            (compiled if function is within else around)(x.q)
     assert_close(x.k_cache, before, rtol=0, atol=0, equal_nan=True)
 
 
