@@ -12,10 +12,13 @@ from functools import lru_cache
 import torch
 
 from . import gathered
+from .autotune import decoding, tables
 from .checks import name_of
-from .dispatch import as_given, refusal
+from .dispatch import as_given, refusal, target_of
 from .kernels.spec import Cache, Config, Rotary
-from .step import FLOAT8, Step
+from .step import Step
+
+formula = lru_cache(maxsize=1024)(decoding.for_decode)
 
 
 def refuses(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache) -> str | None:
@@ -24,12 +27,7 @@ def refuses(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache
         return "decoding has no Hopper kernels"
     if backend == "torch":
         return None
-    if reason := refusal(backend, device, dtype, max(cache.k.shape[3], cache.v.shape[3])):
-        return reason
-    if cache.k.dtype == FLOAT8 and device.type == "cuda" and not torch.version.hip:
-        if (found := torch.cuda.get_device_capability(device)) < (8, 9):
-            return f"float8_e4m3fn needs compute capability 8.9 or newer, {device} has {found[0]}.{found[1]}"
-    return None
+    return refusal(backend, device, dtype, max(cache.k.shape[3], cache.v.shape[3]))
 
 
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache) -> str:
@@ -77,15 +75,31 @@ def decode(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
             return gathered.decode(*call)
     from .kernels import decode as kernels
 
-    config = tuned(s)
+    config = tuned(s).config
     return kernels.decode(*call, splits_of(s, config), config)
 
 
-def tuned(step: Step) -> Config:
-    """The Config of the decode kernel: the user's, or the tables'."""
-    return step.config or Config(16, 32, 4, 1)
+def tuned(step: Step) -> tables.Choice:
+    """The Config of the decode kernel, the user's or a formula's, and why."""
+    if step.config is not None:
+        return tables.Choice(step.config, "given by the caller")
+    q, k, v = step.q, step.cache.k, step.cache.v
+    head_dim, paged = max(q.shape[3], v.shape[3]), step.cache.table is not None
+    return formula(target_of(q.device), name_of(q.dtype), head_dim, rows_of(step), k.element_size(), paged)
+
+
+def rows_of(step: Step) -> int:
+    """Rows that share a key head: query heads of a group, times queries."""
+    heads, heads_k = step.q.shape[1], step.cache.k.shape[1]
+    return int(heads // max(1, heads_k) * step.q.shape[2])
 
 
 def splits_of(step: Step, config: Config) -> int:
-    """How many parts a sequence's keys are cut into at most."""
-    return step.num_splits or 1
+    """How many parts a sequence's keys are cut into at most: what the user asks, or what fills the GPU."""
+    k, table = step.cache.k, step.cache.table
+    capacity = int(k.shape[2] * (1 if table is None else table.shape[1]))
+    if step.num_splits:
+        return max(1, min(step.num_splits, -(-capacity // config.block_n)))  # others would be empty
+    batch = 1 if step.batch_invariant else step.q.shape[0]
+    row_tiles = -(-rows_of(step) // config.block_m)
+    return decoding.splits_of(capacity, batch, k.shape[1], row_tiles, multiprocessors(step.q.device), config.block_n)
