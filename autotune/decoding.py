@@ -14,6 +14,7 @@ HELD = {2: 8192, 4: 4096, 8: 2048}  # elements of a tile of keys, by their size 
 IN_FLIGHT = 64 * KiB  # of keys and values, for one program
 SHORTEST = 256  # keys of a part: a shorter one costs more to merge than it saves
 MOST_PARTS = 128
+INVARIANT = 1024  # keys of a part where its size must depend on nothing: whole tiles of any size
 
 
 def for_decode(target: str, dtype: str, head_dim: int, rows: int, cache_itemsize: int, paged: bool) -> Choice:
@@ -61,7 +62,7 @@ def splits_of(capacity: int, batch: int, heads_k: int, row_tiles: int, multiproc
 
     Args:
         capacity: positions of a slot.
-        batch: sequences; 1 where a row must not depend on how many there are.
+        batch: sequences.
         heads_k: key heads.
         row_tiles: tiles that the rows of a key head make.
         multiprocessors: of the GPU.

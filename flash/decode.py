@@ -94,8 +94,8 @@ def flash_attention_decode(
         num_splits: in how many parts at most, at least 1, each sequence's keys are shared out among programs, each
             sequence by its own length. The same number gives a sequence the same bits, whatever is beside it. The torch
             backend has no parts and ignores it. Default: chosen by the shapes and the device.
-        batch_invariant: num_splits is chosen as for a batch of one, so that a sequence's bits are the same whatever is
-            beside it. Default: False.
+        batch_invariant: the parts are of a fixed size, so that a sequence's bits are the same whatever is beside it,
+            in the batch or in a wider table. Default: False.
         return_lse: also return lse. Default: False.
         backend: "auto", "triton" or "torch". One asked for by name never falls back. Default: "auto", which is Triton
             on a GPU that it serves, torch elsewhere.

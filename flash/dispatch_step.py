@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import gathered
+from .autotune import decoding, tables
 from .checks import name_of
-from .dispatch import as_given, refusal
+from .dispatch import as_given, refusal, target_of
 from .kernels.spec import Cache, Config, Rotary
-from .step import FLOAT8, Step
+from .step import Step
+
+formula = lru_cache(maxsize=1024)(decoding.for_decode)
 
 if TYPE_CHECKING:
     from .kernels.launch import Launched
@@ -28,12 +31,7 @@ def refuses(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache
         return "decoding has no Hopper kernels"
     if backend == "torch":
         return None
-    if reason := refusal(backend, device, dtype, max(cache.k.shape[3], cache.v.shape[3])):
-        return reason
-    if cache.k.dtype == FLOAT8 and device.type == "cuda" and not torch.version.hip:
-        if (found := torch.cuda.get_device_capability(device)) < (8, 9):
-            return f"float8_e4m3fn needs compute capability 8.9 or newer, {device} has {found[0]}.{found[1]}"
-    return None
+    return refusal(backend, device, dtype, max(cache.k.shape[3], cache.v.shape[3]))
 
 
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, cache: Cache) -> str:
@@ -86,16 +84,41 @@ def launched_decode(step: Step) -> "tuple[list[torch.Tensor], list[Launched]]":
     """o, lse and what else Triton's kernels allocated for a Step whose new keys are in the cache; and the launches."""
     from .kernels import decode as kernels
 
-    s, config = step, tuned(step)
+    s, config = step, tuned(step).config
     call = (s.q, s.cache, s.new, s.rotary, s.mods, s.spec, s.scale, s.positions)
-    return kernels.launched_decode(*call, splits_of(s, config), config)
+    splits, keys = parts_of(s, config)
+    return kernels.launched_decode(*call, splits, config, keys)
 
 
-def tuned(step: Step) -> Config:
-    """The Config of the decode kernel: the user's, or the tables'."""
-    return step.config or Config(16, 32, 4, 1)
+def tuned(step: Step) -> tables.Choice:
+    """The Config of the decode kernel, the user's or a formula's, and why."""
+    if step.config is not None:
+        return tables.Choice(step.config, "given by the caller")
+    q, k, v = step.q, step.cache.k, step.cache.v
+    head_dim, paged = max(q.shape[3], v.shape[3]), step.cache.table is not None
+    return formula(target_of(q.device), name_of(q.dtype), head_dim, rows_of(step), k.element_size(), paged)
 
 
-def splits_of(step: Step, config: Config) -> int:
-    """How many parts a sequence's keys are cut into at most."""
-    return step.num_splits or 1
+def rows_of(step: Step) -> int:
+    """Rows that share a key head: query heads of a group, times queries."""
+    heads, heads_k = step.q.shape[1], step.cache.k.shape[1]
+    return int(heads // max(1, heads_k) * step.q.shape[2])
+
+
+def parts_of(step: Step, config: Config) -> tuple[int, int]:
+    """How many parts a sequence's keys are cut into at most, and the keys of each; 0 for equal ones.
+
+    What the user asks, or what fills the GPU. A table is as wide as the longest sequence beside needs, so that
+    batch-invariant parts are of a fixed size, and their number alone depends on the table.
+    """
+    k, table = step.cache.k, step.cache.table
+    capacity = int(k.shape[2] * (1 if table is None else table.shape[1]))
+    if step.num_splits == 1:
+        return 1, 0
+    if step.num_splits:  # more than tiles would be empty
+        return max(2, min(step.num_splits, -(-capacity // config.block_n))), 0
+    if step.batch_invariant:
+        return max(1, -(-capacity // decoding.INVARIANT)), decoding.INVARIANT
+    row_tiles = -(-rows_of(step) // config.block_m)
+    device, batch = step.q.device, step.q.shape[0]
+    return decoding.splits_of(capacity, batch, k.shape[1], row_tiles, multiprocessors(device), config.block_n), 0

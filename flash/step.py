@@ -56,7 +56,7 @@ class Step:
         scale: factor of q.k.
         positions: how far the window reaches; its q_offset is 0, the queries being each sequence's last positions.
         num_splits: parts of a sequence's keys that programs share at most; 0: chosen by the shapes.
-        batch_invariant: choose as for a batch of one.
+        batch_invariant: parts are of a fixed size, whatever is beside a sequence.
         backend: "auto", "triton" or "torch".
         config: the user's Config, or None for the tuned one.
     """

@@ -86,6 +86,7 @@ ARROWS = {
     "flash.dispatch_step": (
         "flash.kernels.*",
         "flash.autotune.tables",
+        "flash.autotune.decoding",
         "flash.checks",
         "flash.step",
         "flash.dispatch",
