@@ -278,6 +278,6 @@ def launched_decode(
     made = [Launched.by(decode_kernel, programs, q.device, config, *args, alike, blocks > 1)]
     if not merged:
         return [o, lse], made
-    args = (parts, lses, view(o), lse, operands, heads, seqlen_q, splits, shape)
-    made.append(Launched.by(merge_kernel, batch * heads * seqlen_q, q.device, config, *args))
+    rest = (operands, heads, seqlen_q, splits, shape)
+    made.append(Launched.by(merge_kernel, batch * heads * seqlen_q, q.device, config, parts, lses, view(o), lse, *rest))
     return [o, lse, parts, lses], made

@@ -13,13 +13,15 @@ pytestmark = pytest.mark.aot
 
 SET_UP = """
 from flash import decode, dispatch, dispatch_step, replays
+from flash.autotune import tables
 from flash.decode import flash_attention_decode
 from flash.kernels.spec import Config
 
 replays.SERVED = lambda x: x.is_cpu
 dispatch.target_of = lambda device: "cuda:90"
+dispatch_step.target_of = lambda device: "cuda:90"
 dispatch_step.chosen = lambda backend, *_: "torch" if backend == "torch" else "triton"
-dispatch_step.tuned = lambda step: step.config or Config(16, 32, 4, 2)
+dispatch_step.tuned = lambda step: tables.Choice(step.config or Config(16, 32, 4, 2), "small")
 made = []
 driver.active.launcher_cls = lambda source, metadata: (
     lambda x, y, z, stream, function, packed, about, enter, leave, *args: made.append([metadata.hash, x, args])
