@@ -86,12 +86,12 @@ def pretend() -> None:
     """Make CPU tensors pass for those of an sm_90 GPU: kernels are compiled for it, and none is run."""
     from triton.runtime import driver
 
-    from flash import dispatch, plans
+    from flash import dispatch, dispatch_step, plans, replays
 
     driver.set_active(stand_in())
-    plans.SERVED = lambda x: x.is_cpu
-    dispatch.choose = lambda *_: "triton"
-    dispatch.target_of = lambda device: "cuda:90"  # type: ignore[assignment]
+    plans.SERVED = replays.SERVED = lambda x: x.is_cpu
+    dispatch.choose = dispatch_step.chosen = lambda *_: "triton"
+    dispatch.target_of = dispatch_step.target_of = lambda device: "cuda:90"  # type: ignore[assignment]
 
 
 def rows(device: torch.device) -> dict[str, Call]:
@@ -133,8 +133,34 @@ def rows(device: torch.device) -> dict[str, Call]:
         "      backend and tables": lambda: (dispatch.chosen(p), dispatch.tuned(p, "forward")),
         "      arguments and launch": lambda: planned_forward(q, k, v, p.mods, p.spec, p.scale, p.positions, config),
         "scaled_dot_product_attention": lambda: scaled_dot_product_attention(x, x, x),
+        **decoding(device),
         **{f"flash: {name}": way for name, way in ours.items()},
         **{f"SDPA: {name}": way for name, way in theirs.items()},
+    }
+
+
+def decoding(device: torch.device) -> dict[str, Call]:
+    """A token's call with pages of a cache, its keys split, and the same with new keys that turn and join it."""
+    from flash import replays
+    from flash.decode import flash_attention_decode
+
+    batch, heads, _, head_dim = SIZES
+    half = partial(torch.zeros, dtype=torch.bfloat16, device=device)
+    q, (k_cache, v_cache) = half(batch, heads, 1, head_dim), (half(64, heads, 16, head_dim) for _ in "kv")
+    new = {name: half(batch, heads, 1, head_dim) for name in "kv"}
+    turns = {name: torch.zeros(1024, head_dim // 2, device=device) for name in ("rotary_cos", "rotary_sin")}
+    integers = partial(torch.zeros, dtype=torch.int32, device=device)
+    whose = {"cache_seqlens": integers(batch), "block_table": integers(batch, 64), "num_splits": 4}
+    read = partial(flash_attention_decode, q, k_cache, v_cache, **whose)  # type: ignore[arg-type]
+
+    def ordinary() -> None:
+        replays.replays.clear()
+        read()
+
+    return {
+        "flash_attention_decode": read,
+        "  with new keys, turned": partial(read, **new, **turns),  # type: ignore[arg-type]
+        "  not made before": ordinary,
     }
 
 
