@@ -77,7 +77,7 @@ def forward_dense(call: Call, o: Tensor, lse: Tensor) -> None:
 def forward_blocks(call: Call, o: Tensor, lse: Tensor) -> None:
     """Fill o and lse tile by tile."""
     q, k, v, accumulator = call.q, call.k, call.v, lse.dtype
-    finite = all_finite(v)
+    finite = None  # found where keys are hidden
     for tile in tiles(call, pairs_of_a_tile(call)):
         k_tile, v_tile = load_keys(k, tile, accumulator), load_keys(v, tile, accumulator)
         s, keep, *_ = score(call, tile, load_rows(q, tile, accumulator), k_tile)
@@ -93,6 +93,8 @@ def forward_blocks(call: Call, o: Tensor, lse: Tensor) -> None:
         stays = dropped(call, tile)
         if stays is not None:
             p *= stays
+        if keep is not None and finite is None:
+            finite = all_finite(v)
         acc = matmul(by_key_head(p, tile), v_tile, None if finite or keep is None else keep_of(keep, tile))
         factor = l.masked_fill(l == 0, 1.0).mul_(1.0 - call.spec.dropout_p)
         store_rows(o, tile, acc.div_(by_key_head(factor, tile)))

@@ -22,6 +22,7 @@ FEW_DIMS = 8  # of v; below, o's rounding to half shows in do . o, and standard 
 # Largest score of a fused call. Over 512 products float32 rounds it by at most 512 * 2**-24 * 1e4 = 0.3, so a weight
 # computed again from lse is off by a third at the very worst; much larger scores would make it anything, inf too.
 MAX_SCORE = 1e4
+FEW_ROWS = 16  # that share keys: to look through the keys, as is asked first, costs as much as to attend to them
 MASK_TILES = 4  # tiles' worth of mask in a call: 512 rows by 4096 keys; with fewer rows the kernels are slower
 ALIGNMENT = 64  # bytes; the CPU's matrix products may round differently for a tensor that starts elsewhere
 
@@ -43,6 +44,8 @@ def serves(call: Call, *others: Tensor) -> bool:
     """Whether torch's kernels say the same thing: not of empty tensors, nor where a NaN or inf could arise or leak."""
     spec, mods = call.spec, call.mods
     if any(x.device.type != "cpu" or x.numel() == 0 for x in call[:3]):
+        return False
+    if call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) <= FEW_ROWS:
         return False
     if spec.softcap is not None or spec.dropout_p or mods.score_mod is not None:
         return False

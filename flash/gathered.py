@@ -51,13 +51,16 @@ def decode(
         o [batch, heads, seqlen_q, head_dim_v] in q's dtype and order in memory, and lse [batch, heads, seqlen_q],
         natural logarithm, float32 (float64 for float64); NaN for bad sequences.
     """
+    left = positions.left if spec.left else None
+    if q.shape[2] == 1:  # keys before the window are left out below, and after the last position there are none
+        spec = spec._replace(causal=False, left=False, right=False)
     o = dense_like(q, cache.v.shape[3]).fill_(float("nan"))
     lse = torch.full(q.shape[:3], float("nan"), dtype=accumulator_dtype(q), device=q.device)
     for at in sequences(cache, new):
         start = at.total - q.shape[2]  # position of query 0
         first = at.pad  # the first key that some query sees
-        if spec.left:
-            first = max(first, min(start - positions.left, at.total))
+        if left is not None:
+            first = max(first, min(start - left, at.total))
         places = places_of(cache, at.slot, first, at.total)
         if places is None:
             continue
