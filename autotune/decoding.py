@@ -39,17 +39,18 @@ def for_decode(target: str, dtype: str, head_dim: int, rows: int, cache_itemsize
     if cache_itemsize < itemsize or head_dim % 16 != 0 or block_m > 16:
         held //= 2
     block_n = max(16, min(held // width, 128 if width >= 64 else 64))
-    num_warps = 8 if block_m > 16 or width * itemsize >= KiB else 4
+    many = block_m > 16 or width * itemsize >= KiB
+    num_warps = 8 if many and target.startswith("cuda:") else 4  # AMD's have 64 lanes
     most = min(IN_FLIGHT, shared_limit(target) * 2 // 5)  # so that two programs fit
     if target.startswith("cuda:"):  # one tile would be waited for
         while block_n > 16 and 4 * block_n * width * cache_itemsize > most:
             block_n //= 2
     pair = 2 * block_n * width * cache_itemsize
-    tiles = max(1, min(4, most // pair))
+    tiles = max(1, min(3 if paged else 4, most // pair))
     # the page of a tile is loaded before the tile, which takes as many stages again
     num_stages = 2 * tiles + 1 if paged else tiles + 1
     reason = f"formula for decoding: {tiles * pair // KiB} KiB in flight for each program; untimed"
-    return Choice(Config(block_m, block_n, num_warps, min(num_stages, 8)), reason)
+    return Choice(Config(block_m, block_n, num_warps, num_stages), reason)
 
 
 def splits_of(capacity: int, batch: int, heads_k: int, row_tiles: int, multiprocessors: int, block_n: int) -> int:

@@ -75,7 +75,8 @@ def factors(x: torch.Tensor | None) -> View | None:
     """A [batch or 1, heads_k or 1] tensor as one kernel argument."""
     if x is None:
         return None
-    return View(x, *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)), 0, 0)
+    stride_b, stride_h = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return View(x, stride_b, stride_h, 0, 0)
 
 
 @triton.jit
@@ -86,11 +87,8 @@ def entry(x, b):
 
 @triton.jit
 def factor(x, b, h, DTYPE: tl.constexpr):
-    """x[b, h], what stored numbers are multiplied by; 1 where there is none."""
-    if x is None:
-        return tl.full([], 1.0, DTYPE)
-    else:
-        return tl.load(x.ptr + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h).to(DTYPE)
+    """x[b, h], what stored numbers are multiplied by."""
+    return tl.load(x.ptr + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h).to(DTYPE)
 
 
 @triton.jit

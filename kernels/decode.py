@@ -9,7 +9,7 @@ side by side, so that keys are read once for all of them. Parts are cut in whole
 what is beside it in the batch changes no bit. A second kernel merges them, always in the same order.
 
 A bad sequence is NaN (see `cache`): of lies in its table a program knows those that it met, so all that read the table
-between them read the whole of what the sequence may see.
+between them read the whole of what the sequence may see. Compiled and interpreted, not yet run on a GPU.
 """
 
 import torch
