@@ -182,18 +182,19 @@ def test_a_page_that_is_none_matters_where_it_is_seen(page: int, at: int, bad: b
     check(got, x.oracle(), 1e-12)
 
 
-def test_sizes_of_nothing() -> None:
-    q, cache = draw(2, 4, 3, 8), draw(2, 2, 5, 8)
-    lengths = numbers(0, 0)
-    o, lse = flash_attention_decode(q, cache, cache, cache_seqlens=lengths, return_lse=True)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_sizes_of_nothing(backend: str, device: torch.device) -> None:
+    q, cache = draw(2, 4, 3, 8).to(device), draw(2, 2, 5, 8).to(device)
+    options: dict[str, Any] = {"backend": backend, "cache_seqlens": numbers(0, 0).to(device)}
+    o, lse = flash_attention_decode(q, cache, cache, return_lse=True, **options)
     assert (o == 0).all() and (lse == float("-inf")).all()
-    assert flash_attention_decode(q[:, :, :0], cache, cache, cache_seqlens=lengths).shape == (2, 4, 0, 8)
-    assert flash_attention_decode(q[:0], cache, cache, cache_seqlens=lengths[:0]).shape == (0, 4, 3, 8)
-    assert flash_attention_decode(q[:, :0], cache[:, :0], cache[:, :0], cache_seqlens=lengths).shape == (2, 0, 3, 8)
     none = cache[:, :, :0]
-    assert (flash_attention_decode(q, none, none, cache_seqlens=lengths) == 0).all()
-    empty = dict(cache_seqlens=lengths, k=none, v=none)
-    assert (flash_attention_decode(q, cache, cache, **empty) == 0).all()
+    assert (flash_attention_decode(q, none, none, **options) == 0).all()
+    assert (flash_attention_decode(q, cache, cache, k=none, v=none, **options) == 0).all()
+    assert flash_attention_decode(q[:, :, :0], cache, cache, **options).shape == (2, 4, 0, 8)
+    assert flash_attention_decode(q[:, :0], cache[:, :0], cache[:, :0], **options).shape == (2, 0, 3, 8)
+    options["cache_seqlens"] = options["cache_seqlens"][:0]
+    assert flash_attention_decode(q[:0], cache, cache, **options).shape == (0, 4, 3, 8)
 
 
 def test_the_result_lies_in_memory_as_q_does() -> None:
@@ -365,6 +366,22 @@ def test_compiled_whole_the_appends_are_seen(dynamic: bool) -> None:
             assert_close(loop.k_cache, eager.k_cache, rtol=0, atol=0)
             assert_close(loop.v_cache, eager.v_cache, rtol=0, atol=0)
     assert eager.k_cache.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
+def test_compiled_with_every_keyword_whatever_the_numbers(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    x = decode_cases.case(*ALL, dtype=torch.float32)
+
+    def call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> Any:
+        return flash_attention_decode(q, k_cache, v_cache, **options)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for n in (2, 3, 5):
+        numbers_of = {"scale": 0.1 * n, "softcap": n / 2, "window": (n, None), "num_splits": n}
+        y = x._replace(q=draw(BATCH, HEADS, n, HEAD_DIM, dtype=torch.float32), options={**x.options, **numbers_of})
+        want = y.run(call)
+        check(y.run(compiled), want._replace(o=want.o.double(), lse=want.lse.double()), 1e-6)
 
 
 @pytest.mark.parametrize("strict", [False, True])
