@@ -17,8 +17,8 @@ pytestmark = pytest.mark.aot
 
 PINNED = "3.7.1"
 FLOAT8 = "float8_e4m3fn"
-# Bytes that a thread spills in `plain` and in `everything`; others of EVERY spill nothing. ptxas spills these few to get
-# by with 96, 128 or 168 registers, so that one program more fits; maxnreg=255 spills none, but takes a third more of them.
+# Bytes that a thread spills in `plain` and in `everything`; others of EVERY spill nothing. ptxas spills these few to
+# get by with 96, 128 or 168 registers, so that one program more fits; maxnreg=255 spills none, and takes a third more.
 SPILLED = {
     ("cuda:80", "bfloat16", "bfloat16", 64, 0): (0, 4),
     ("cuda:80", "bfloat16", "bfloat16", 64, 16): (0, 4),
@@ -84,7 +84,8 @@ def test_a_table_that_may_lie_costs_few_instructions() -> None:
     """The budget of a guard is a twentieth of the kernel; `python -m bench.clamps` prints the counts."""
     found = clamps.cost("cuda:90", 16)
     assert 0 < found.believing_instructions < found.instructions <= 1.05 * found.believing_instructions
-    assert found.registers <= found.believing_registers + 16
+    if tables.triton_version() == PINNED:
+        assert found.registers <= found.believing_registers + 16
 
 
 EVERY = [
