@@ -40,7 +40,7 @@ def for_decode(target: str, dtype: str, head_dim: int, rows: int, cache_itemsize
     if cache_itemsize < itemsize or head_dim % 16 != 0 or block_m > 16:
         held //= 2
     block_n = max(16, min(held // width, 128 if width >= 64 else 64))
-    many = block_m > 16 or width * itemsize >= KiB
+    many = block_m > 16 or width >= 256
     num_warps = 8 if many and target.startswith("cuda:") else 4  # AMD's have 64 lanes
     most = min(IN_FLIGHT, shared_limit(target) * 2 // 5)  # so that two programs fit
     if target.startswith("cuda:"):  # one tile would be waited for

@@ -6,7 +6,8 @@
 Lengths, slots and tables are data that no host has read, and may lie. A sequence that lies about its length, its slot
 or its left padding has no keys: nothing is read of it. A page that is none is replaced by one that exists, since to
 hold an address costs less than to mask a load by it (an unsigned minimum, as -1 is a large number), and how the two
-differ is kept, so that whoever read it knows. Masks say where a sequence ends, and nothing else.
+differ is kept, so that whoever read it knows: 1 to 4 % of the decode kernel's instructions, as `python -m bench.clamps`
+counts them. Masks say where a sequence ends, and nothing else.
 """
 
 from typing import Any, NamedTuple

@@ -28,10 +28,10 @@ MERGED: tl.constexpr = tl.constexpr(16)  # parts that one step of the merge take
 
 
 @triton.jit
-def packed_rows(row, h_k, b, offset, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The Site of a tile of rows: query i of head g of the group in row i * GROUP + g."""
+def packed_rows(row, h_k, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Head and query of a tile of rows, each [M, 1]: query i of head g of the group is row i * GROUP + g."""
     r = row + tl.arange(0, BLOCK_M)
-    return Site(b, (h_k * GROUP + r % GROUP)[:, None], (r // GROUP)[:, None], None, offset, 0, 0)
+    return (h_k * GROUP + r % GROUP)[:, None], (r // GROUP)[:, None]
 
 
 @triton.jit
@@ -101,7 +101,8 @@ def decode_kernel(
     if SEVERAL and PAGE > 0:
         lies |= cached.unlisted(caches, extent, own.slot, part[0], part[1], PAGE, BLOCK_N)
 
-    rows = packed_rows(row, h_k, b, offset, shape.group, BLOCK_M)
+    h, i = packed_rows(row, h_k, shape.group, BLOCK_M)
+    rows = Site(b, h, i, None, offset, 0, 0)  # made here: Triton 3.6 returns no None
     inside = rows.i < seqlen_q
     at_q = tile.origin(q, b, rows.h) + rows.i.to(tl.int64) * q.stride_s
     p_q = rows.i + offset - own.leftpad

@@ -127,7 +127,8 @@ def run(x: Call, splits: int = 1, config: Config = SMALL, keys: int = 0) -> Outp
 def oracle(x: Call) -> Outputs:
     """The result in float64; NaN for a bad sequence."""
     options = {name: y.cpu() if isinstance(y, torch.Tensor) else y for name, y in x.options.items()}
-    options["cache_seqlens"] = options["cache_seqlens"] + x.new
+    lengths = options["cache_seqlens"].long()  # the new keys are in the caches: here they are as the others
+    options["cache_seqlens"] = torch.where(lengths < 0, lengths, lengths + x.new)
     found = reference_cache.decode(x.q.cpu(), x.k_cache.cpu(), x.v_cache.cpu(), **options)
     return Outputs(found.o.to(x.q.device), found.lse.to(x.q.device))
 
