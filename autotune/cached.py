@@ -75,7 +75,9 @@ def config(kernel: str, target: str, variant: Variant, stored: Stored) -> Config
     if kernel == "append":
         return TILE
     head_dim = max(variant.head_dim, variant.head_dim_v)
-    return for_decode(target, variant.dtype, head_dim, variant.group, SIZES[stored.dtype], stored.page > 0).config
+    busy = not stored.alike or {"alibi", "softcap"} & set(variant.features) != set()
+    call = (target, variant.dtype, head_dim, variant.group, SIZES[stored.dtype], stored.page > 0)
+    return for_decode(*call, busy).config
 
 
 def add_options(parser: ArgumentParser) -> None:

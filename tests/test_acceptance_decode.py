@@ -53,8 +53,8 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it() -> None:
 
 
 def test_a_thousand_hostile_tables_read_nothing_out_of_bounds() -> None:
-    hold("test_decode", "test_hostile_lengths_and_tables_harm_their_own_sequence_only")
-    hold("test_decode", "test_a_thousand_hostile_lengths_and_tables", "test_limits_are_kept_to_the_number")
+    hold("test_decode_hostile", "test_hostile_lengths_and_tables_harm_their_own_sequence_only")
+    hold("test_decode_hostile", "test_a_thousand_hostile_lengths_and_tables", "test_limits_are_kept_to_the_number")
 
 
 def test_append_writes_exactly_the_asked_slots() -> None:
