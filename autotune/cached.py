@@ -75,9 +75,16 @@ def config(kernel: str, target: str, variant: Variant, stored: Stored) -> Config
     if kernel == "append":
         return TILE
     head_dim = max(variant.head_dim, variant.head_dim_v)
-    busy = not stored.alike or {"alibi", "softcap"} & set(variant.features) != set()
-    call = (target, variant.dtype, head_dim, variant.group, SIZES[stored.dtype], stored.page > 0)
-    return for_decode(*call, busy).config
+    return for_decode(target, variant.dtype, head_dim, variant.group, SIZES[stored.dtype], stored.page > 0).config
+
+
+def options(kernel: str, backend: str, variant: Variant) -> dict[str, Any]:
+    """What the compiler is told besides a Config."""
+    from flash.kernels.decode import options_of
+
+    if kernel != "decode" or variant.stored is None:
+        return {}
+    return options_of(backend == "cuda", not variant.stored.alike or bool({"alibi", "softcap"} & set(variant.features)))
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -17,9 +17,7 @@ MOST_PARTS = 128
 INVARIANT = 1024  # keys of a part where its size must depend on nothing: whole tiles of any size
 
 
-def for_decode(
-    target: str, dtype: str, head_dim: int, rows: int, cache_itemsize: int, paged: bool, busy: bool = False
-) -> Choice:
+def for_decode(target: str, dtype: str, head_dim: int, rows: int, cache_itemsize: int, paged: bool) -> Choice:
     """The Config to decode with.
 
     Args:
@@ -29,7 +27,6 @@ def for_decode(
         rows: query heads that share a key head, times queries of a sequence.
         cache_itemsize: bytes of a stored number.
         paged: whether a table lists the pages of a sequence.
-        busy: whether queries see different keys, or something is added to scores: both take registers. Default: False.
 
     Returns:
         The Config, and where it comes from in words.
@@ -42,10 +39,8 @@ def for_decode(
     # what is converted, or has a row for each lane to find, takes registers, and so do rows
     if cache_itemsize < itemsize or head_dim % 16 != 0 or block_m > 16:
         held //= 2
-    if busy and block_m == 16:
-        held //= 2
     block_n = max(16, min(held // width, 128 if width >= 64 else 64))
-    many = block_m > 16 or (width >= 256 and not (busy and cache_itemsize < itemsize))
+    many = block_m > 16 or width >= 256
     num_warps = 8 if many and target.startswith("cuda:") else 4  # AMD's have 64 lanes
     most = min(IN_FLIGHT, shared_limit(target) * 2 // 5)  # so that two programs fit
     if target.startswith("cuda:"):  # one tile would be waited for

@@ -140,6 +140,8 @@ def build(target: str, kernel: str, variant: Variant, config: Config) -> Any:
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if kernel in gluon.KERNELS:
         options |= gluon.options(kernel, config)
+    if kernel in cached.KERNELS:
+        options |= cached.options(kernel, backend, variant)
     try:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:  # passes, LLVM and ptxas each have exceptions of their own

@@ -96,15 +96,7 @@ def tuned(step: Step) -> tables.Choice:
         return tables.Choice(step.config, "given by the caller")
     q, k, v = step.q, step.cache.k, step.cache.v
     head_dim, paged = max(q.shape[3], v.shape[3]), step.cache.table is not None
-    call = (target_of(q.device), name_of(q.dtype), head_dim, rows_of(step), k.element_size(), paged)
-    return formula(*call, is_busy(step))
-
-
-def is_busy(step: Step) -> bool:
-    """Whether queries see different keys, or something is added to scores."""
-    spec, mods = step.spec, step.mods
-    positions = step.q.shape[2] > 1 and (spec.causal or spec.left or spec.right)
-    return positions or spec.softcap is not None or mods.alibi_slopes is not None
+    return formula(target_of(q.device), name_of(q.dtype), head_dim, rows_of(step), k.element_size(), paged)
 
 
 def rows_of(step: Step) -> int:

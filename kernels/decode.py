@@ -12,6 +12,8 @@ A bad sequence is NaN (see `cache`): of lies in its table a program knows those 
 between them read the whole of what the sequence may see. Compiled and interpreted, not yet run on a GPU.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -199,6 +201,14 @@ def converts_float8(q: torch.Tensor) -> bool:
     return not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) >= (8, 9)
 
 
+def options_of(nvidia: bool, busy: bool) -> dict[str, Any]:
+    """What the compiler is told where queries see different keys, or something changes scores.
+
+    ptxas would spill some bytes of such calls to get by with 128 registers, so that a third program fits beside two.
+    """
+    return {"maxnreg": 255} if nvidia and busy else {}
+
+
 def decode(
     q: torch.Tensor,
     cache: Cache,
@@ -276,7 +286,9 @@ def launched_decode(
     lengths = (heads, seqlen_q, positions.left, positions.right, new, splits, keys, *extent)
     args = (view(q), view(parts), lses, caches, angles, own, *lengths, scale, spec, shape, turn, page)
     programs = blocks * cache.k.shape[1] * splits * batch
-    made = [Launched.by(decode_kernel, programs, q.device, config, *args, alike, blocks > 1)]
+    busy = not alike or spec.softcap is not None or operands.slopes is not None
+    options = options_of(q.is_cuda and torch.version.hip is None, busy)
+    made = [Launched.by(decode_kernel, programs, q.device, config, *args, alike, blocks > 1, **options)]
     if not merged:
         return [o, lse], made
     rest = (operands, heads, seqlen_q, splits, shape)

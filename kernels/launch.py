@@ -177,9 +177,11 @@ class Launched(NamedTuple):
     args: tuple[Any, ...]
 
     @classmethod
-    def by(cls, kernel: Any, programs: int, device: torch.device, config: Config, *args: Any) -> "Launched":
+    def by(
+        cls, kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **options: Any
+    ) -> "Launched":
         """Launch a kernel as `launch` does."""
-        compiled = launch(kernel, programs, device, config, *args)
+        compiled = launch(kernel, programs, device, config, *args, **options)
         return cls(compiled, kernel, programs, device, (*args, config.block_m, config.block_n))
 
     def without(self, tensors: list[torch.Tensor]) -> "Launched | None":

@@ -35,8 +35,7 @@ def compiled(target: str, variant: Variant, rows: int = 8) -> resources.Report:
     """The report of decode with the tiles that a call of so many rows runs with, which must fit."""
     assert variant.stored is not None
     size = cached.SIZES[variant.stored.dtype]
-    call = (target, variant.dtype, variant.head_dim, rows, size, variant.stored.page > 0)
-    config = for_decode(*call, busy=not variant.stored.alike).config
+    config = for_decode(target, variant.dtype, variant.head_dim, rows, size, variant.stored.page > 0).config
     made = resources.report(target, "decode", variant, config)
     assert made.faults == (), variant
     return made
