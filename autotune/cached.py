@@ -41,7 +41,7 @@ def arguments(target: str, kernel: str, variant: Variant, stored: Stored) -> dic
         k=k,
         v=v,
         seqlens=entries,
-        table=View(pointer("i32"), stride, none, one, none) if stored.page else NONE,
+        table=View(pointer("i32"), none, none, one, none) if stored.page else NONE,
         slots=entries if stored.slots else NONE,
         leftpad=entries if stored.slots else NONE,
         k_scale=factors if stored.scales else NONE,
@@ -51,7 +51,7 @@ def arguments(target: str, kernel: str, variant: Variant, stored: Stored) -> dic
     if stored.pairs:
         tables = pointer("fp32"), pointer("fp32")
         angles = Angles(*tables, stride, one, stride, one, stride)
-    counts = ("slots", "pages", "capacity", "new", "splits", "keys")
+    counts = ("slots", "pages", "capacity", "apart", "new", "splits", "keys")
     constants = {
         "turn": Turn(stored.pairs, stored.interleaved),
         "PAGE": stored.page,

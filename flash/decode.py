@@ -56,7 +56,8 @@ def flash_attention_decode(
     and lse, those of the others are not touched, and nothing is appended to it; where only its table is wrong, what has
     a page is.
 
-    The call repeats bit for bit. Two sequences must not share memory that one of them appends to.
+    The call repeats bit for bit. Two sequences must not share memory that one of them appends to, nor may k and v lie
+    in the caches that they are appended to: what is read while it is written is anything.
 
     Args:
         q: [batch, heads, seqlen_q, head_dim], float16, bfloat16, float32 or float64; head_dim from 1 to 512; any
@@ -95,7 +96,8 @@ def flash_attention_decode(
             sequence by its own length. The same number gives a sequence the same bits, whatever is beside it. The torch
             backend has no parts and ignores it. Default: chosen by the shapes and the device.
         batch_invariant: the parts are of a fixed size, so that a sequence's bits are the same whatever is beside it,
-            in the batch or in a wider table. Default: False.
+            in the batch or in a wider table; they take memory that grows with max_seqlen or the table's width, some
+            2 MiB a sequence for 32 heads of 128 and 128k positions. Default: False.
         return_lse: also return lse. Default: False.
         backend: "auto", "triton" or "torch". One asked for by name never falls back. Default: "auto", which is Triton
             on a GPU that it serves, torch elsewhere.

@@ -117,8 +117,9 @@ def parts_of(step: Step, config: Config) -> tuple[int, int]:
         return 1, 0
     if step.num_splits:  # more than tiles would be empty
         return max(2, min(step.num_splits, -(-capacity // config.block_n))), 0
-    if step.batch_invariant:
-        return max(1, -(-capacity // decoding.INVARIANT)), decoding.INVARIANT
     row_tiles = -(-rows_of(step) // config.block_m)
+    if step.batch_invariant:  # longer ones for more rows: what the parts take of memory does not grow with both
+        keys = decoding.INVARIANT << max(0, row_tiles - 1).bit_length()
+        return max(1, -(-capacity // keys)), keys
     device, batch = step.q.device, step.q.shape[0]
     return decoding.splits_of(capacity, batch, k.shape[1], row_tiles, multiprocessors(device), config.block_n), 0

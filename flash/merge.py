@@ -15,8 +15,9 @@ def merge(
         lse = log(exp(lse1) + exp(lse2))
         o   = exp(lse1 - lse) o1 + exp(lse2 - lse) o2
 
-    A part without keys (lse = -inf) counts for nothing, whatever its o; where both have none, o = 0 and lse = -inf. A
-    sink must be in one of the parts only. Merging more than two is merging again; the order changes the rounding alone.
+    A part without keys (lse = -inf, where flash-attn's functions say +inf) counts for nothing, whatever its o; where
+    both have none, o = 0 and lse = -inf. A sink must be in one of the parts only. Merging more than two is merging
+    again; the order changes the rounding alone.
 
     Args:
         o1: [..., head_dim_v], any float dtype, as flash_attention returns it.

@@ -267,6 +267,8 @@ def check_appended(
         check_equal(name, "heads_k", x.shape[1], like, cache.shape[1])
         check_equal(name, "head_dim", x.shape[3], like, cache.shape[3])
         check_sizes(name, x)
+        if any(stride == 0 and size > 1 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(f"{like} must have an element for each index where {name} is given, got an expanded one")
     check_equal("v", "seqlen", v.shape[2], "k", k.shape[2])
 
 

@@ -40,14 +40,14 @@ def put(x, value, cache_scale, b, h, place, inside, DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*EXTENT, "new", "heads"])
 def append_kernel(
-    k, v, cache, angles, slots, pages, capacity, new, heads, shape: tl.constexpr, turn: tl.constexpr,
+    k, v, cache, angles, slots, pages, capacity, apart, new, heads, shape: tl.constexpr, turn: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(heads * new, BLOCK_M)
     b = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     h, t = tl.minimum(row // new, heads - 1), row % new
-    extent = Extent(slots, pages, capacity)
+    extent = Extent(slots, pages, capacity, apart)
     own = sequence(cache, extent, b, new)
     p = own.total - new + t
     given = row < heads * new

@@ -28,6 +28,7 @@ class Extent(NamedTuple):
     slots: Any
     pages: Any  # at least 1; unused without a table
     capacity: Any  # positions of a slot
+    apart: Any  # from a slot's list in the table to the next, which other sequences make longer
 
 
 EXTENT = list(Extent._fields)  # never specialised, as launch.LENGTHS
@@ -60,16 +61,18 @@ def prepare(cache: Cache) -> tuple[Cache, Extent, int]:
     views = Cache(
         k=view(cache.k),
         v=view(cache.v),
-        **{name: entries(getattr(cache, name)) for name in ("seqlens", "table", "slots", "leftpad")},
+        table=None if cache.table is None else View(cache.table, 0, 0, cache.table.stride(1), 0),
+        **{name: entries(getattr(cache, name)) for name in ("seqlens", "slots", "leftpad")},
         **{name: factors(getattr(cache, name)) for name in ("k_scale", "v_scale")},
     )
-    extent = Extent(slots, cache.k.shape[0], min(positions * lists, FARTHEST.value))
+    apart = 0 if cache.table is None else cache.table.stride(0)
+    extent = Extent(slots, cache.k.shape[0], min(positions * lists, FARTHEST.value), apart)
     return views, extent, 0 if cache.table is None else positions
 
 
 def entries(x: torch.Tensor | None) -> View | None:
-    """An int32 [batch] or [slots, max_pages] tensor as one kernel argument."""
-    return None if x is None else View(x, x.stride(0), 0, x.stride(1) if x.dim() == 2 else 0, 0)
+    """An int32 [batch] tensor as one kernel argument."""
+    return None if x is None else View(x, x.stride(0), 0, 0, 0)
 
 
 def factors(x: torch.Tensor | None) -> View | None:
@@ -111,7 +114,7 @@ def sequence(cache, extent, b, new):
 @triton.jit
 def listed(cache, extent, slot, index, inside):
     """The pages that a slot's table lists, held to those that exist; and a number that is 0 where that changed none."""
-    ptrs = cache.table.ptr + slot.to(tl.int64) * cache.table.stride_b + index.to(tl.int64) * cache.table.stride_s
+    ptrs = cache.table.ptr + slot.to(tl.int64) * extent.apart + index.to(tl.int64) * cache.table.stride_s
     raw = tl.load(ptrs) if inside is None else tl.load(ptrs, mask=inside, other=0)
     last = (extent.pages - 1).to(tl.uint32)
     page = tl.minimum(raw.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)

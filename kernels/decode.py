@@ -77,7 +77,7 @@ def visible(at, part, mods, sizes, spec: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, o, lse, caches, angles, mods, heads, seqlen_q, left, right, new, splits, keys, slots, pages, capacity,
+    q, o, lse, caches, angles, mods, heads, seqlen_q, left, right, new, splits, keys, slots, pages, capacity, apart,
     scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr, turn: tl.constexpr, PAGE: tl.constexpr,
     ALIKE: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def decode_kernel(
     row, h_k = pid % blocks * BLOCK_M, pid // blocks % heads_k
     split, b = pid // blocks // heads_k % splits, pid // blocks // heads_k // splits
 
-    extent = Extent(slots, pages, capacity)
+    extent = Extent(slots, pages, capacity, apart)
     own = cached.sequence(caches, extent, b, new)
     sizes = Sizes(heads, seqlen_q, own.total, 0, 0, left, right)
     offset = own.total - seqlen_q

@@ -51,6 +51,8 @@ def test_batch_invariant_parts_have_a_size_of_their_own(processors: int) -> None
         for capacity, count in ((4096, 4), (4097, 5), (100, 1), (0, 1)):
             found = dispatch_step.parts_of(step(batch, capacity=capacity, batch_invariant=True), Config(16, 32))
             assert found == (count, decoding.INVARIANT) == (count, 1024)
+    many_rows = step(1, rows=80, batch_invariant=True)  # of two heads: ten tiles of rows
+    assert dispatch_step.parts_of(many_rows, Config(16, 32)) == (1, 16 * 1024)
     assert all(decoding.INVARIANT % block_n == 0 for block_n in LIMITS["decode"]["block_n"])
 
 

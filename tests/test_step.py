@@ -92,6 +92,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (append(k=floats(2, 2, 1, 7)), "k must have head_dim 8 like k_cache, got 7"),
     (append(v=floats(2, 2, 2, 8)), "v must have seqlen 1 like k, got 2"),
     (append(v=floats(2, 2, 1, 8).to("meta")), "v must be on device cpu like q, got meta"),
+    (
+        append(k_cache=floats(1, 2, 1, 8).expand(2, -1, 12, -1)),
+        "k_cache must have an element for each index where k is given, got an expanded one",
+    ),
     (angles(rotary_sin=None), "rotary_cos and rotary_sin must be given together, got only rotary_cos"),
     (angles(rotary_cos=None), "rotary_cos and rotary_sin must be given together, got only rotary_sin"),
     (

@@ -108,7 +108,8 @@ def flash_attn_with_kvcache(
     o, lse = flash_attention_decode(
         q, k_cache, v_cache, cache_seqlens=lengths, block_table=block_table, k=k, v=v, rotary_cos=rotary_cos,
         rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, num_splits=num_splits if num_splits >= 1 else None, return_lse=True, **keywords,
+        cache_leftpad=cache_leftpad, num_splits=num_splits if (num_splits or 0) > 0 else None, return_lse=True,
+        **keywords,
     )  # fmt: skip
     o = o.transpose(1, 2)
     return (o, closed(lse)) if return_softmax_lse else o
