@@ -12,6 +12,7 @@ from bench import clamps
 from flash.autotune import cached, resources, tables
 from flash.autotune.decoding import for_decode
 from flash.autotune.space import Stored, Variant
+from tests.drivers import printed
 
 pytestmark = pytest.mark.aot
 
@@ -129,3 +130,32 @@ def test_sm_100(head_dim: int) -> None:
 def test_command_line_compiles_the_kernels_of_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert resources.main(["append", "--page", "16", "--cache-dtype", FLOAT8, "--rotary", "32"]) == 0
     assert capsys.readouterr().out.startswith("append Config(block_m=16, block_n=16, num_warps=4, num_stages=1")
+
+
+WIDTHS = """
+from flash import dispatch_step
+from flash.autotune import tables
+from flash.decode import flash_attention_decode
+from flash.kernels.append import append_kernel
+from flash.kernels.decode import decode_kernel
+from flash.kernels.spec import Config
+
+dispatch_step.chosen = lambda *_: "triton"
+dispatch_step.tuned = lambda step: tables.Choice(Config(16, 32, 4, 2), "small")
+half = dict(dtype=torch.bfloat16)
+q, new, cache = torch.zeros(2, 4, 1, 64, **half), torch.zeros(2, 2, 1, 64, **half), torch.zeros(9, 2, 16, 64, **half)
+counts = []
+with torch.no_grad():
+    for width in (1, 2, 16, 32, 37):
+        table = torch.zeros(2, width, dtype=torch.int32)
+        lengths = torch.zeros(2, dtype=torch.int32)
+        flash_attention_decode(
+            q, cache, cache.clone(), cache_seqlens=lengths, block_table=table, k=new, v=new.clone(), num_splits=2
+        )
+        counts.append([len(kernel.device_caches[0][0]) for kernel in (append_kernel, decode_kernel)])
+print(json.dumps(counts))
+"""
+
+
+def test_a_wider_table_compiles_nothing() -> None:
+    assert printed(WIDTHS) == [[1, 1]] * 5
