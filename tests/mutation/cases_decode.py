@@ -34,7 +34,8 @@ class Case(NamedTuple):
         told: for a tensor of the call, what some of its elements say in place of the truth, by their flat index.
         planted: "seen" puts NaN into a query, and into a key and values that some queries see; "bytes" every float8
             into the first values; "edges" into new values what float8 rounds this way and that, "nan" some NaN;
-            "filled" a number wherever nobody should look; "tight" leaves no page to spare.
+            "filled" a number wherever nobody should look; "tight" leaves no page to spare;
+            "level" makes all scores large, nearly the same, and exact.
         far: a tensor of the call and its axis along which elements lie so far apart that offsets pass 32 bits.
         config: of the decode kernel.
         patches: numbers of autotune/decoding.py.
@@ -160,6 +161,7 @@ CASES = [
     Case(lengths=(37,), dtype=FLOAT32, sizes={"sigma": 8.0}, options=parts(2)),
     Case(lengths=(288,), sizes=ONE, options=parts(18)),
     Case(lengths=(288,), sizes=ONE, dtype=FLOAT32, options=parts(18)),
+    Case(lengths=(60, 80), dtype=FLOAT32, planted="level", seqlen_q=4, options={"scale": 0.25, **parts(5)}),
     Case(lengths=(20, 37), seqlen_q=5, sizes=GROUP),  # two tiles of rows
     Case(lengths=(20, 37), seqlen_q=20, sizes={"heads": 3, "heads_k": 1}, options=parts(2)),
     Case(lengths=(20, 37), seqlen_q=20, sizes=ONE, config=Config(32, 32, 4, 1)),

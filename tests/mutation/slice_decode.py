@@ -81,6 +81,9 @@ def planted(case: Case, x: Call) -> Call:
             cache.copy_(torch.where(cache.isnan(), torch.randn(cache.shape), cache.double()))
     elif case.planted == "nan":
         x.options["v"].view(-1)[::7] = torch.nan
+    elif case.planted == "level":
+        x = x._replace(q=rounded(x.q, case.dtype), k_cache=rounded(x.k_cache, case.dtype))
+        x.q[..., 0] = x.k_cache[..., 0] = 32.0
     elif case.planted == "tight":
         used = x.options["block_table"].flatten().long()
         x.options["block_table"].view(-1).copy_(torch.arange(len(used)))
