@@ -135,7 +135,8 @@ def oracle(x: Call) -> Outputs:
 
 def standard(x: Call, want: Outputs) -> tuple[Outputs, dict[str, float]]:
     """Standard attention of each sequence and key head in q's dtype, keys gathered; and the floors of `bounds`."""
-    found = want._replace(o=want.o.to(x.q.dtype), lse=want.lse.to(torch.promote_types(x.q.dtype, torch.float32)))
+    dtypes = x.q.dtype, torch.promote_types(x.q.dtype, torch.float32)
+    found = Outputs(*(t.to(dtype, copy=True) for t, dtype in zip(want[:2], dtypes, strict=True)))
     floors = {"o": 0.0, "lse": 0.0}
     heads_k = x.k_cache.shape[1]
     group = x.q.shape[1] // heads_k

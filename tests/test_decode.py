@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from flash.kernels import decode
 from flash.kernels.spec import Config
@@ -106,6 +108,27 @@ def test_any_number_of_parts(place: Place, splits: int, seqlen_q: int) -> None:
     for dtype, sigma in ((torch.float16, 1.0), (torch.float32, 3.0)):
         x = random_call(place, (113, 50, 16, 2, 0), heads=2, heads_k=1, seqlen_q=seqlen_q, dtype=dtype, sigma=sigma)
         check(run(x, splits), x)
+
+
+@triton.jit
+def parts_kernel(found, first, total, splits, keys, BLOCK_N: tl.constexpr):
+    split = tl.program_id(0)
+    begin, end = decode.part_of(first, total, split, splits, keys, BLOCK_N)
+    tl.store(found + 2 * split, begin)
+    tl.store(found + 2 * split + 1, end)
+
+
+@pytest.mark.parametrize("splits, keys", [(1, 0), (2, 0), (3, 0), (7, 0), (8, 16), (4, 32)])
+@pytest.mark.parametrize("first, total", [(0, 113), (100, 113), (15, 97), (16, 96), (90, 91), (40, 40), (0, 0)])
+def test_parts_are_equal_but_for_a_tile(place: Place, first: int, total: int, splits: int, keys: int) -> None:
+    """Or of so many keys. One after the other they are all of the keys, and the tiles are shared out evenly."""
+    found = place(torch.zeros(splits, 2, dtype=torch.int32))
+    parts_kernel[(splits,)](found, first, total, splits, keys, BLOCK_N=16)
+    parts = [part for part in found.tolist() if part[0] < part[1]]
+    assert [p for part in parts for p in range(*part)] == list(range(first, total))
+    tiles = [-(-end // 16) - begin // 16 for begin, end in parts]
+    each = keys // 16 if keys else -(-(-(-total // 16) - first // 16) // splits)
+    assert all(number == each for number in tiles[:-1]) and all(number <= each for number in tiles[-1:])
 
 
 @pytest.mark.sampled(2)

@@ -71,12 +71,16 @@ def test_the_wrong_mutants_of_a_toy_die_and_the_others_are_told() -> None:
 
 @pytest.mark.interpret(gpu=False)
 def test_every_call_shown_to_mutants_can_be_made() -> None:
-    from tests.mutation.cases import CASES
+    from tests.mutation import cases, cases_decode
     from tests.mutation.slice import inputs_of
+    from tests.mutation.slice_decode import call_of
 
-    assert len({case.name for case in CASES}) == len(CASES)
-    for case in CASES:
+    every_case = [*cases.CASES, *cases_decode.CASES]
+    assert len({case.name for case in every_case}) == len(every_case)
+    for case in cases.CASES:
         inputs_of(case)
+    for own in cases_decode.CASES:
+        call_of(own)
 
 
 def test_a_run_fails_for_a_survivor_that_is_not_listed_or_too_low_a_rate() -> None:

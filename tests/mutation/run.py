@@ -98,6 +98,23 @@ def watch() -> None:
     slice.watch_allocations()
 
 
+def slice_of(case: Any) -> Any:
+    """The module that runs a case: those of decoding have one of their own."""
+    from tests.mutation import cases_decode, slice, slice_decode
+
+    return slice_decode if isinstance(case, cases_decode.Case) else slice
+
+
+def prepare(case: Any) -> Any:
+    """Run a case unchanged, and keep what mutants are compared with; raises where it is wrong."""
+    return slice_of(case).prepare(case)
+
+
+def check(prepared: Any) -> str:
+    """What is wrong with a prepared case by the kernels as they now are; empty where nothing is."""
+    return slice_of(prepared.case).check(prepared)  # type: ignore[no-any-return]
+
+
 def interpreted(path: str, name: str) -> Any:
     """A @triton.jit function of a source file, as callers hold it."""
     path = path if path.startswith(("flash/", "tests/")) else f"flash/{path}"
@@ -293,9 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print every case, and what killed each mutant")
     options = parser.parse_args(arguments)
     watch()
-    from tests.mutation.cases import CASES
-    from tests.mutation.slice import check, prepare
+    from tests.mutation import cases, cases_decode
 
+    every_case = [*cases.CASES, *cases_decode.CASES]
     equivalent = listed(LIST.read_text(encoding="utf-8"))
     mutants = [mutant for mutant in every_mutant() if any(text in mutant.name for text in options.only)]
     names = {mutant.name for mutant in every_mutant()}
@@ -304,8 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants, drawn with --seed {options.seed}")
     start = time.perf_counter()
-    trial = Trial(sources(), CASES, prepare, check, equivalent, options.seconds, options.verbose)
-    print(f"{len(CASES)} cases run unchanged in {time.perf_counter() - start:.0f} s", flush=True)
+    trial = Trial(sources(), every_case, prepare, check, equivalent, options.seconds, options.verbose)
+    print(f"{len(every_case)} cases run unchanged in {time.perf_counter() - start:.0f} s", flush=True)
 
     missed = trial.unreached()
     if missed:
