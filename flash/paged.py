@@ -5,8 +5,9 @@ written by a sequence that has it alone: one that several share is copied first,
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,30 @@ class Batch(NamedTuple):
 
     cache_seqlens: Tensor  # int32 [batch], keys before the append
     block_table: Tensor  # int32 [batch, max_pages], the page of every page_size positions; -1 past a sequence's last
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument as an int of the cache's own; an array may change after the call, and to read a tensor may wait."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be an int, got a tensor: .item() reads one number, .tolist() several")
+    try:
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    return number
+
+
+def integers(name: str, values: Any) -> list[int]:
+    """An argument of several numbers, likewise."""
+    if isinstance(values, Tensor):
+        raise ValueError(f"{name} must be a list of ints, got a tensor: .item() reads one number, .tolist() several")
+    try:
+        numbers = list(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a list of ints, got {values!r}") from None
+    return [integer(f"{name}[{i}]", number) for i, number in enumerate(numbers)]
 
 
 class PagedCache:
@@ -55,7 +80,7 @@ class PagedCache:
         page_size: positions in a page.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is no int, or below 1.
 
     Source: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention",
         sections 4.1 to 4.4, https://arxiv.org/abs/2309.06180.
@@ -77,9 +102,11 @@ class PagedCache:
         sizes = dict(
             pages=pages, page_size=page_size, layers=layers, heads_k=heads_k, head_dim=head_dim, head_dim_v=head_dim_v
         )
+        sizes = {name: integer(name, size) for name, size in sizes.items()}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        pages, page_size, layers, heads_k, head_dim, head_dim_v = sizes.values()
         self.page_size = page_size
         self.k = torch.empty(layers, pages, heads_k, page_size, head_dim, dtype=dtype, device=device)
         self.v = torch.empty(layers, pages, heads_k, page_size, head_dim_v, dtype=dtype, device=device)
@@ -107,15 +134,13 @@ class PagedCache:
 
     def length(self, sequence: int) -> int:
         """The keys of a sequence, those that `prepare` made room for included."""
-        self._check(sequence)
-        return self._lengths[sequence]
+        return self._lengths[self._living(sequence)]
 
     def pages(self, sequence: int) -> tuple[int, ...]:
         """The pages of a sequence, in its order."""
-        self._check(sequence)
-        return tuple(self._tables[sequence])
+        return tuple(self._tables[self._living(sequence)])
 
-    def prepare(self, sequences: Sequence[int], new: int | Sequence[int], *, max_pages: int | None = None) -> Batch:
+    def prepare(self, sequences: Iterable[int], new: int | Iterable[int], *, max_pages: int | None = None) -> Batch:
         """Lengthen sequences by keys that every layer is to append next, and say where they lie.
 
         Args:
@@ -132,17 +157,18 @@ class PagedCache:
             OutOfPages: there are too few free pages; the cache is as it was.
             ValueError: an argument is wrong; the cache is as it was.
         """
-        for sequence in sequences:
-            self._check(sequence)
-        added = [new] * len(sequences) if isinstance(new, int) else list(new)
+        sequences = [self._living(sequence) for sequence in integers("sequences", sequences)]
+        several = isinstance(new, Iterable) and not isinstance(new, Tensor)
+        added = integers("new", new) if several else [integer("new", new)] * len(sequences)
         if len(set(sequences)) < len(sequences):
-            raise ValueError(f"sequences must differ, got {list(sequences)}")
+            raise ValueError(f"sequences must differ, got {sequences}")
         if len(added) != len(sequences) or min(added, default=0) < 0:
-            raise ValueError(f"new must be a number or {len(sequences)}, none below 0, got {new}")
+            raise ValueError(f"new must be a number or {len(sequences)}, none below 0, got {added if several else new}")
         before = [self._lengths[sequence] for sequence in sequences]
         counts = [self._pages_for(length + more) for length, more in zip(before, added, strict=True)]
         longest = max(counts, default=0)
-        if max_pages is not None and max_pages < longest:
+        columns = longest if max_pages is None else integer("max_pages", max_pages)
+        if columns < longest:
             raise ValueError(f"max_pages must be at least {longest}, which the longest sequence needs, got {max_pages}")
         # A last page that is not full gets keys: of several that share it, all but one need a copy.
         writers = Counter(
@@ -163,7 +189,6 @@ class PagedCache:
                 table[-1] = self._copy(table[-1])
             table += [self._take() for _ in range(count - len(table))]
             self._lengths[sequence] = length + more
-        columns = longest if max_pages is None else max_pages
         tables = [self._tables[sequence] for sequence in sequences]
         rows = [table + [-1] * (columns - len(table)) for table in tables]
         return Batch(self._on_device(before, (len(rows),)), self._on_device(rows, (len(rows), columns)))
@@ -181,7 +206,8 @@ class PagedCache:
         Raises:
             ValueError: an argument is wrong.
         """
-        length = self._check_length(sequence, self.length(sequence) if length is None else length)
+        sequence = self._living(sequence)
+        length = self._kept(sequence, self._lengths[sequence] if length is None else length)
         pages = self._tables[sequence][: self._pages_for(length)]
         for page in pages:
             self._owners[page] += 1
@@ -199,24 +225,29 @@ class PagedCache:
         Raises:
             ValueError: an argument is wrong.
         """
-        self._lengths[sequence] = self._check_length(sequence, length)
+        sequence = self._living(sequence)
+        self._lengths[sequence] = kept = self._kept(sequence, length)
         table = self._tables[sequence]
-        while len(table) > self._pages_for(length):
+        while len(table) > self._pages_for(kept):
             self._leave(table.pop())
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that no other one has become free."""
+        sequence = self._living(sequence)
         self.rewind(sequence, 0)
         del self._tables[sequence], self._lengths[sequence]
 
-    def _check(self, sequence: int) -> None:
-        if sequence not in self._lengths:
-            raise ValueError(f"sequence must be one that allocate or fork returned and that lives, got {sequence!r}")
+    def _living(self, sequence: int) -> int:
+        number = integer("sequence", sequence)
+        if number not in self._lengths:
+            raise ValueError(f"sequence must be one that allocate or fork returned and that lives, got {number}")
+        return number
 
-    def _check_length(self, sequence: int, length: int) -> int:
-        if not 0 <= length <= self.length(sequence):
-            raise ValueError(f"length must be 0 to {self.length(sequence)}, what sequence has, got {length}")
-        return length
+    def _kept(self, sequence: int, length: int) -> int:
+        kept, longest = integer("length", length), self._lengths[sequence]
+        if not 0 <= kept <= longest:
+            raise ValueError(f"length must be 0 to {longest}, what sequence has, got {kept}")
+        return kept
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)

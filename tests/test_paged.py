@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -254,7 +255,77 @@ def test_out_of_pages_says_how_many_and_changes_nothing() -> None:
     cache.prepare([two], 4)
 
 
-@pytest.mark.parametrize("name", ["pages", "page_size", "layers", "heads_k", "head_dim", "head_dim_v"])
+SIZES = ["pages", "page_size", "layers", "heads_k", "head_dim", "head_dim_v"]
+INTEGERS: dict[str, list[Any]] = {
+    "sequence": [
+        lambda c, n: c.length(n),
+        lambda c, n: c.pages(n),
+        lambda c, n: c.rewind(n, 0),
+        lambda c, n: c.fork(n),
+        lambda c, n: c.free(n),
+    ],
+    "sequences": [lambda c, n: c.prepare(n, 1), lambda c, n: c.prepare([n], 1)],
+    "new": [lambda c, n: c.prepare([0], n), lambda c, n: c.prepare([0], [n])],
+    "max_pages": [lambda c, n: c.prepare([0], 1, max_pages=n)],
+    "length": [lambda c, n: c.fork(0, n), lambda c, n: c.rewind(0, n)],
+    **{name: [lambda c, n, name=name: made(**{name: n})] for name in SIZES},
+}
+WRONG = {
+    "float": (1.0, "got 1.0"),
+    "fraction": (1.5, "got 1.5"),
+    "bool": (True, "got True"),
+    "str": ("1", "got '1'"),
+    "numpy bool": (np.True_, r"got (np\.)?True"),
+    "tensor": (torch.tensor(1), r"\.item\(\).*\.tolist\(\)"),
+    "tensor of one": (torch.tensor([1]), r"\.item\(\).*\.tolist\(\)"),
+    "device tensor": (torch.tensor(1, device="meta"), r"\.item\(\).*\.tolist\(\)"),
+}
+
+
+def with_two_sequences() -> PagedCache:
+    """Sequence 0 with 5 keys, and 1, which True and 1.0 would find in a dict."""
+    cache = made()
+    append(cache, cache.prepare([cache.allocate()], 5), [[*range(5)]])
+    cache.allocate()
+    return cache
+
+
+@pytest.mark.parametrize("value", WRONG)
+@pytest.mark.parametrize("name", INTEGERS)
+def test_what_is_no_int_is_named_and_changes_nothing(name: str, value: str) -> None:
+    wrong, came = WRONG[value]
+    for call in INTEGERS[name]:
+        cache = with_two_sequences()
+        with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be .*{came}"):
+            call(cache, wrong)
+        assert contents(cache, 0) == [*range(5)] and cache.length(1) == 0 and cache.used_pages == 2
+
+
+def test_one_sequence_in_place_of_several_is_named() -> None:
+    with pytest.raises(ValueError, match="^sequences must be a list of ints, got 0"):
+        with_two_sequences().prepare(0, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("list_of", [list, tuple, iter, np.array])
+def test_integers_of_numpy_and_of_any_iterable_pass(list_of: Any) -> None:
+    cache = made(*np.array([8, 4]), layers=np.int32(LAYERS))
+    one = cache.allocate()
+    append(cache, cache.prepare(list_of([one]), list_of([6]), max_pages=np.int64(3)), [[*range(6)]])
+    cache.prepare([np.int64(one)], np.uint8(1))
+    cache.rewind(np.int32(one), np.int64(5))
+    assert type(cache.length(one)) is type(cache.page_size) is int and contents(cache, one) == [*range(5)]
+
+
+def test_a_number_that_changes_after_the_call_changes_no_sequence() -> None:
+    cache, length, new = with_two_sequences(), np.array(2), [np.array(3)]
+    cache.rewind(0, length)  # type: ignore[arg-type]
+    cache.prepare([1], new)  # type: ignore[arg-type]
+    length += 2
+    new[0] += 2
+    assert cache.length(0) == 2 and cache.length(1) == 3
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_at_least_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         made(**{name: 0})
