@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """Where the keys of a batch's sequences lie: keywords of flash_attention_decode."""
 
     cache_seqlens: Tensor  # int32 [batch], keys before the append
-    block_table: Tensor  # int32 [batch, max_pages], the page of every page_size positions; -1 past a sequence's last
+    block_table: Tensor  # int32 [batch, max_pages], the page of every page_size positions; -1 for none
 
 
 def integer(name: str, value: Any) -> int:
@@ -62,7 +62,8 @@ class PagedCache:
         cache.free(answers[0])
 
     A sequence's number is never given again after `free`; calls with one that is none raise ValueError. If a step fails
-    after `prepare`, `rewind` takes back the keys that were never appended.
+    after `prepare`, `rewind` takes back the keys that were never appended. With window=(7, 0) a query sees 8 keys:
+    cache.trim(sequence, max(0, cache.length(sequence) - 7)) after a step gives back the pages that none will see again.
 
     Args:
         pages: how many pages there are, for all sequences together.
@@ -114,6 +115,7 @@ class PagedCache:
         self._owners = [0] * pages  # sequences that have a page
         self._tables: dict[int, list[int]] = {}  # the pages of a sequence, as many as its length needs
         self._lengths: dict[int, int] = {}
+        self._starts: dict[int, int] = {}  # pages wholly before this position are given back, -1 in the table
         self._allocated = 0
 
     @property
@@ -129,15 +131,15 @@ class PagedCache:
     def allocate(self) -> int:
         """A new sequence, without keys and without pages; returns its number."""
         sequence, self._allocated = self._allocated, self._allocated + 1
-        self._tables[sequence], self._lengths[sequence] = [], 0
+        self._tables[sequence], self._lengths[sequence], self._starts[sequence] = [], 0, 0
         return sequence
 
     def length(self, sequence: int) -> int:
-        """The keys of a sequence, those that `prepare` made room for included."""
+        """The keys of a sequence, with those that `prepare` made room for and those that `trim` gave back."""
         return self._lengths[self._living(sequence)]
 
     def pages(self, sequence: int) -> tuple[int, ...]:
-        """The pages of a sequence, in its order."""
+        """The pages of a sequence, in its order; -1 for one that `trim` gave back."""
         return tuple(self._tables[self._living(sequence)])
 
     def prepare(self, sequences: Iterable[int], new: int | Iterable[int], *, max_pages: int | None = None) -> Batch:
@@ -198,10 +200,10 @@ class PagedCache:
 
         Args:
             sequence: the one whose keys are shared.
-            length: how many of its keys. Default: all.
+            length: how many of its keys, at least the start it was trimmed to. Default: all.
 
         Returns:
-            The number of the new sequence.
+            The number of the new sequence, which is trimmed as the other one is.
 
         Raises:
             ValueError: an argument is wrong.
@@ -209,10 +211,10 @@ class PagedCache:
         sequence = self._living(sequence)
         length = self._kept(sequence, self._lengths[sequence] if length is None else length)
         pages = self._tables[sequence][: self._pages_for(length)]
-        for page in pages:
+        for page in pages[self._starts[sequence] // self.page_size :]:
             self._owners[page] += 1
         forked = self.allocate()
-        self._tables[forked], self._lengths[forked] = pages, length
+        self._tables[forked], self._lengths[forked], self._starts[forked] = pages, length, self._starts[sequence]
         return forked
 
     def rewind(self, sequence: int, length: int) -> None:
@@ -220,22 +222,46 @@ class PagedCache:
 
         Args:
             sequence: which one.
-            length: how many keys it keeps.
+            length: how many keys it keeps, at least the start it was trimmed to.
 
         Raises:
             ValueError: an argument is wrong.
         """
         sequence = self._living(sequence)
-        self._lengths[sequence] = kept = self._kept(sequence, length)
+        self._lengths[sequence] = kept = self._kept(sequence, length)  # no less than start: only real pages are left
         table = self._tables[sequence]
         while len(table) > self._pages_for(kept):
             self._leave(table.pop())
 
+    def trim(self, sequence: int, start: int) -> None:
+        """Give back the pages wholly before a position, as behind a window; those that no other sequence has are free.
+
+        The sequence keeps its length, and its keys their positions; block_table has -1 for what was given back, and
+        flash_attention_decode makes NaN of a query that sees such a key.
+
+        Args:
+            sequence: which one.
+            start: the first position that a query is still to see, 0 to the sequence's length, also of queries after a
+                `rewind`, which like `fork` goes no further back. One behind an earlier start changes nothing.
+
+        Raises:
+            ValueError: an argument is wrong.
+        """
+        sequence, start = self._living(sequence), integer("start", start)
+        if not 0 <= start <= self._lengths[sequence]:
+            raise ValueError(f"start must be 0 to {self._lengths[sequence]}, the sequence's length, got {start}")
+        table, before = self._tables[sequence], self._starts[sequence]
+        for i in range(before // self.page_size, start // self.page_size):
+            self._leave(table[i])
+            table[i] = -1
+        self._starts[sequence] = max(before, start)
+
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that no other one has become free."""
         sequence = self._living(sequence)
-        self.rewind(sequence, 0)
-        del self._tables[sequence], self._lengths[sequence]
+        for page in reversed(self._tables[sequence][self._starts[sequence] // self.page_size :]):
+            self._leave(page)
+        del self._tables[sequence], self._lengths[sequence], self._starts[sequence]
 
     def _living(self, sequence: int) -> int:
         number = integer("sequence", sequence)
@@ -244,9 +270,10 @@ class PagedCache:
         return number
 
     def _kept(self, sequence: int, length: int) -> int:
-        kept, longest = integer("length", length), self._lengths[sequence]
-        if not 0 <= kept <= longest:
-            raise ValueError(f"length must be 0 to {longest}, what sequence has, got {kept}")
+        kept, start, longest = integer("length", length), self._starts[sequence], self._lengths[sequence]
+        if not start <= kept <= longest:
+            trimmed = "from where it was trimmed to " if start else ""
+            raise ValueError(f"length must be {start} to {longest}, {trimmed}what sequence has, got {kept}")
         return kept
 
     def _pages_for(self, length: int) -> int:
