@@ -5,8 +5,9 @@ written by a sequence that has it alone: one that several share is copied first,
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,31 @@ class Batch(NamedTuple):
     """Where the keys of a batch's sequences lie: keywords of flash_attention_decode."""
 
     cache_seqlens: Tensor  # int32 [batch], keys before the append
-    block_table: Tensor  # int32 [batch, max_pages], the page of every page_size positions; -1 past a sequence's last
+    block_table: Tensor  # int32 [batch, max_pages], the page of every page_size positions; -1 for none
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument as an int of the cache's own; an array may change after the call, and to read a tensor may wait."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be an int, got a tensor: .item() reads one number, .tolist() several")
+    try:
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    return number
+
+
+def integers(name: str, values: Any) -> list[int]:
+    """An argument of several numbers, likewise."""
+    if isinstance(values, Tensor):
+        raise ValueError(f"{name} must be a list of ints, got a tensor: .item() reads one number, .tolist() several")
+    try:
+        numbers = list(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a list of ints, got {values!r}") from None
+    return [integer(f"{name}[{i}]", number) for i, number in enumerate(numbers)]
 
 
 class PagedCache:
@@ -37,7 +62,8 @@ class PagedCache:
         cache.free(answers[0])
 
     A sequence's number is never given again after `free`; calls with one that is none raise ValueError. If a step fails
-    after `prepare`, `rewind` takes back the keys that were never appended.
+    after `prepare`, `rewind` takes back the keys that were never appended. With window=(7, 0) a query sees 8 keys:
+    cache.trim(sequence, max(0, cache.length(sequence) - 7)) after a step gives back the pages that none will see again.
 
     Args:
         pages: how many pages there are, for all sequences together.
@@ -55,7 +81,7 @@ class PagedCache:
         page_size: positions in a page.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is no int, or below 1.
 
     Source: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention",
         sections 4.1 to 4.4, https://arxiv.org/abs/2309.06180.
@@ -77,9 +103,11 @@ class PagedCache:
         sizes = dict(
             pages=pages, page_size=page_size, layers=layers, heads_k=heads_k, head_dim=head_dim, head_dim_v=head_dim_v
         )
+        sizes = {name: integer(name, size) for name, size in sizes.items()}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        pages, page_size, layers, heads_k, head_dim, head_dim_v = sizes.values()
         self.page_size = page_size
         self.k = torch.empty(layers, pages, heads_k, page_size, head_dim, dtype=dtype, device=device)
         self.v = torch.empty(layers, pages, heads_k, page_size, head_dim_v, dtype=dtype, device=device)
@@ -87,6 +115,7 @@ class PagedCache:
         self._owners = [0] * pages  # sequences that have a page
         self._tables: dict[int, list[int]] = {}  # the pages of a sequence, as many as its length needs
         self._lengths: dict[int, int] = {}
+        self._starts: dict[int, int] = {}  # pages wholly before this position are given back, -1 in the table
         self._allocated = 0
 
     @property
@@ -102,20 +131,18 @@ class PagedCache:
     def allocate(self) -> int:
         """A new sequence, without keys and without pages; returns its number."""
         sequence, self._allocated = self._allocated, self._allocated + 1
-        self._tables[sequence], self._lengths[sequence] = [], 0
+        self._tables[sequence], self._lengths[sequence], self._starts[sequence] = [], 0, 0
         return sequence
 
     def length(self, sequence: int) -> int:
-        """The keys of a sequence, those that `prepare` made room for included."""
-        self._check(sequence)
-        return self._lengths[sequence]
+        """The keys of a sequence, with those that `prepare` made room for and those that `trim` gave back."""
+        return self._lengths[self._living(sequence)]
 
     def pages(self, sequence: int) -> tuple[int, ...]:
-        """The pages of a sequence, in its order."""
-        self._check(sequence)
-        return tuple(self._tables[sequence])
+        """The pages of a sequence, in its order; -1 for one that `trim` gave back."""
+        return tuple(self._tables[self._living(sequence)])
 
-    def prepare(self, sequences: Sequence[int], new: int | Sequence[int], *, max_pages: int | None = None) -> Batch:
+    def prepare(self, sequences: Iterable[int], new: int | Iterable[int], *, max_pages: int | None = None) -> Batch:
         """Lengthen sequences by keys that every layer is to append next, and say where they lie.
 
         Args:
@@ -132,17 +159,18 @@ class PagedCache:
             OutOfPages: there are too few free pages; the cache is as it was.
             ValueError: an argument is wrong; the cache is as it was.
         """
-        for sequence in sequences:
-            self._check(sequence)
-        added = [new] * len(sequences) if isinstance(new, int) else list(new)
+        sequences = [self._living(sequence) for sequence in integers("sequences", sequences)]
+        several = isinstance(new, Iterable) and not isinstance(new, Tensor)
+        added = integers("new", new) if several else [integer("new", new)] * len(sequences)
         if len(set(sequences)) < len(sequences):
-            raise ValueError(f"sequences must differ, got {list(sequences)}")
+            raise ValueError(f"sequences must differ, got {sequences}")
         if len(added) != len(sequences) or min(added, default=0) < 0:
-            raise ValueError(f"new must be a number or {len(sequences)}, none below 0, got {new}")
+            raise ValueError(f"new must be a number or {len(sequences)}, none below 0, got {added if several else new}")
         before = [self._lengths[sequence] for sequence in sequences]
         counts = [self._pages_for(length + more) for length, more in zip(before, added, strict=True)]
         longest = max(counts, default=0)
-        if max_pages is not None and max_pages < longest:
+        columns = longest if max_pages is None else integer("max_pages", max_pages)
+        if columns < longest:
             raise ValueError(f"max_pages must be at least {longest}, which the longest sequence needs, got {max_pages}")
         # A last page that is not full gets keys: of several that share it, all but one need a copy.
         writers = Counter(
@@ -163,7 +191,6 @@ class PagedCache:
                 table[-1] = self._copy(table[-1])
             table += [self._take() for _ in range(count - len(table))]
             self._lengths[sequence] = length + more
-        columns = longest if max_pages is None else max_pages
         tables = [self._tables[sequence] for sequence in sequences]
         rows = [table + [-1] * (columns - len(table)) for table in tables]
         return Batch(self._on_device(before, (len(rows),)), self._on_device(rows, (len(rows), columns)))
@@ -173,20 +200,21 @@ class PagedCache:
 
         Args:
             sequence: the one whose keys are shared.
-            length: how many of its keys. Default: all.
+            length: how many of its keys, at least the start it was trimmed to. Default: all.
 
         Returns:
-            The number of the new sequence.
+            The number of the new sequence, which is trimmed as the other one is.
 
         Raises:
             ValueError: an argument is wrong.
         """
-        length = self._check_length(sequence, self.length(sequence) if length is None else length)
+        sequence = self._living(sequence)
+        length = self._kept(sequence, self._lengths[sequence] if length is None else length)
         pages = self._tables[sequence][: self._pages_for(length)]
-        for page in pages:
+        for page in pages[self._starts[sequence] // self.page_size :]:
             self._owners[page] += 1
         forked = self.allocate()
-        self._tables[forked], self._lengths[forked] = pages, length
+        self._tables[forked], self._lengths[forked], self._starts[forked] = pages, length, self._starts[sequence]
         return forked
 
     def rewind(self, sequence: int, length: int) -> None:
@@ -194,29 +222,59 @@ class PagedCache:
 
         Args:
             sequence: which one.
-            length: how many keys it keeps.
+            length: how many keys it keeps, at least the start it was trimmed to.
 
         Raises:
             ValueError: an argument is wrong.
         """
-        self._lengths[sequence] = self._check_length(sequence, length)
+        sequence = self._living(sequence)
+        self._lengths[sequence] = kept = self._kept(sequence, length)  # no less than start: only real pages are left
         table = self._tables[sequence]
-        while len(table) > self._pages_for(length):
+        while len(table) > self._pages_for(kept):
             self._leave(table.pop())
+
+    def trim(self, sequence: int, start: int) -> None:
+        """Give back the pages wholly before a position, as behind a window; those that no other sequence has are free.
+
+        The sequence keeps its length, and its keys their positions; block_table has -1 for what was given back, and
+        flash_attention_decode makes NaN of a query that sees such a key.
+
+        Args:
+            sequence: which one.
+            start: the first position that a query is still to see, 0 to the sequence's length, also of queries after a
+                `rewind`, which like `fork` goes no further back. One behind an earlier start changes nothing.
+
+        Raises:
+            ValueError: an argument is wrong.
+        """
+        sequence, start = self._living(sequence), integer("start", start)
+        if not 0 <= start <= self._lengths[sequence]:
+            raise ValueError(f"start must be 0 to {self._lengths[sequence]}, the sequence's length, got {start}")
+        table, before = self._tables[sequence], self._starts[sequence]
+        for i in range(before // self.page_size, start // self.page_size):
+            self._leave(table[i])
+            table[i] = -1
+        self._starts[sequence] = max(before, start)
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that no other one has become free."""
-        self.rewind(sequence, 0)
-        del self._tables[sequence], self._lengths[sequence]
+        sequence = self._living(sequence)
+        for page in reversed(self._tables[sequence][self._starts[sequence] // self.page_size :]):
+            self._leave(page)
+        del self._tables[sequence], self._lengths[sequence], self._starts[sequence]
 
-    def _check(self, sequence: int) -> None:
-        if sequence not in self._lengths:
-            raise ValueError(f"sequence must be one that allocate or fork returned and that lives, got {sequence!r}")
+    def _living(self, sequence: int) -> int:
+        number = integer("sequence", sequence)
+        if number not in self._lengths:
+            raise ValueError(f"sequence must be one that allocate or fork returned and that lives, got {number}")
+        return number
 
-    def _check_length(self, sequence: int, length: int) -> int:
-        if not 0 <= length <= self.length(sequence):
-            raise ValueError(f"length must be 0 to {self.length(sequence)}, what sequence has, got {length}")
-        return length
+    def _kept(self, sequence: int, length: int) -> int:
+        kept, start, longest = integer("length", length), self._starts[sequence], self._lengths[sequence]
+        if not start <= kept <= longest:
+            trimmed = "from where it was trimmed to " if start else ""
+            raise ValueError(f"length must be {start} to {longest}, {trimmed}what sequence has, got {kept}")
+        return kept
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
