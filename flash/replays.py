@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import dispatch, dispatch_step
-from .cache_ops import attend, written
+from .cache_ops import ORDINARY, attend, written
 from .ops import watching
 from .step import Step
 
@@ -54,7 +54,9 @@ def key_of(tensors: Tensors, options: tuple[Any, ...]) -> Key | None:
     if torch.compiler.is_compiling() or watching():
         return None
     grad = torch.is_grad_enabled()
-    parts: list[Any] = [options, tuple(map(type, options))]  # 1 == True == 1.0, and not all of them are right
+    # 1 == True == 1.0, and not all of them are right
+    types = [tuple(map(type, x)) for x in (options, *options) if isinstance(x, tuple)]
+    parts: list[Any] = [options, *types]
     addresses = set()
     count = 0
     try:
@@ -62,7 +64,7 @@ def key_of(tensors: Tensors, options: tuple[Any, ...]) -> Key | None:
             if x is None:
                 parts.append(None)
                 continue
-            if type(x) is not torch.Tensor or not SERVED(x) or x.is_neg() or (grad and x.requires_grad):
+            if type(x) not in ORDINARY or not SERVED(x) or x.is_neg() or (grad and x.requires_grad):
                 return None
             address = x.data_ptr()
             parts.append((x.shape, x.stride(), x.dtype, x.get_device(), address % ALIGNED == 0))

@@ -232,12 +232,12 @@ def check_int32(name: str, x: torch.Tensor) -> None:
 
 
 def integers(name: str, x: Any, q: torch.Tensor) -> torch.Tensor:
-    """An integer for each sequence, dense."""
+    """An integer for each sequence, with any stride."""
     check_tensor(name, x, q.device)
     check_int32(name, x)
     if tuple(x.shape) != (q.shape[0],):
         raise ValueError(f"{name} must have shape [{q.shape[0]}] (batch), got {list(x.shape)}")
-    return x.contiguous()  # type: ignore[no-any-return]
+    return x  # type: ignore[no-any-return]
 
 
 def factors(name: str, x: Any, q: torch.Tensor, heads_k: int) -> torch.Tensor:

@@ -103,6 +103,8 @@ calls = {
     ),
     "score": (lambda: dense(sinks=torch.zeros(4), alibi_slopes=torch.ones(4)), {"softcap": 9.0, "num_splits": 2}),
     "window": (lambda: dense(q=tensor(2, 4, 3, 64)), {"window": (20, 0), "scale": 0.3}),
+    "column": (lambda: dense(cache_seqlens=torch.zeros(2, 3, dtype=torch.int32)[:, 0]), {}),
+    "parameter": (lambda: dense(sinks=torch.nn.Parameter(torch.zeros(4))), {}),
     "half": (lambda: {name: x.half() if x.is_floating_point() else x for name, x in dense().items()}, {}),
 }
 found = {}
@@ -120,7 +122,25 @@ def replayed(tensors, **options):
 
 
 found = {"first": replayed(dense()), "second": replayed(dense())}
-found["scale of another type"] = replayed(dense(), scale=1)
+wrong = []
+for name, value, others in (
+    ("scale", 1.0, (1, True)), ("window", (1, 0), ((True, 0), (1.0, 0))),
+    ("config", Config(16, 32, 4, 2), (Config(16.0, 32, 4, 2), Config(16, 32, 4, 2, 0), (16, 32, 4, 2, False))),
+):
+    launched(dense(), {name: value})
+    for other in others:
+        try:
+            found[f"{name} {other} after {value}"] = replayed(dense(), **{name: other})
+        except ValueError as error:
+            wrong.append(f"{name} {other}: {error}")
+found["wrong"] = len(wrong)
+found["another dtype"] = replayed({name: x.half() if x.is_floating_point() else x for name, x in dense().items()})
+single = {name: x.float() if x.is_floating_point() else x for name, x in dense().items()}
+found["float32"] = [replayed(single) for _ in range(2)][-1]
+found["negative"] = replayed(dense(q=torch._neg_view(tensor(2, 4, 1, 64))))
+torch.Tensor.get_device = lambda x: 1
+found["another device"] = replayed(dense())
+del torch.Tensor.get_device
 for change in (
     {"q": tensor(2, 4, 2, 64)}, {"q": tensor(2, 4, 1, 64, by=1)}, {"cache_seqlens": tensor(2, dtype=torch.int32, by=1)},
     {"k_cache": tensor(2, 128, 2, 64).transpose(1, 2)}, {"v_cache": tensor(2, 2, 128, 32)}, new(), turns,
@@ -145,6 +165,20 @@ with Watcher():
     found["a mode"] = replayed(dense())
 with torch.autocast("cpu", dtype=torch.bfloat16):
     found["autocast"] = replayed(dense())
+runtime, hook = knobs.runtime, lambda *args, **options: None
+kernel = next(iter(replays.replays.values())).launches[0].kernel  # of the first call
+for name, add, remove in (
+    ("enter hook", runtime.launch_enter_hook.add, runtime.launch_enter_hook.remove),
+    ("exit hook", runtime.launch_exit_hook.add, runtime.launch_exit_hook.remove),
+    ("pre-run hook", kernel.pre_run_hooks.append, kernel.pre_run_hooks.remove),
+):
+    add(hook)
+    found[name] = replayed(dense())
+    remove(hook)
+current = driver.active.get_current_device
+driver.active.get_current_device = lambda: 1
+found["another current device"] = replayed(dense())
+driver.active.get_current_device = current
 knobs.runtime.debug = True
 found["debug"] = replayed(dense())
 knobs.runtime.debug = False
@@ -182,5 +216,5 @@ def test_what_is_another_call_takes_the_ordinary_way() -> None:
     pytest.importorskip("triton")
     found = printed(SET_UP + OTHERS)
     assert found.pop("first") is False and found.pop("second") is True and found.pop("back again") is True
-    assert found.pop("written") == [0, 1, 1] and found.pop("gradient") == "raises"
+    assert found.pop("wrong") == 6 and found.pop("written") == [0, 1, 1] and found.pop("gradient") == "raises"
     assert not any(found.values()), found

@@ -160,6 +160,7 @@ def test_a_step_is_in_the_form_that_backends_take() -> None:
     assert not Step.of(**good(), scale=-1.0).spec.raw and not Step.of(**good(), window=3).spec.right
 
 
-def test_lengths_may_lie_apart_in_memory() -> None:
-    lengths = integers(BATCH, 2)[:, 0]
-    assert Step.of(**good(cache_seqlens=lengths)).cache.seqlens.is_contiguous()
+def test_integers_that_lie_apart_in_memory_are_not_copied() -> None:
+    column = integers(BATCH, 2)[:, 0]
+    cache = Step.of(**good(cache_seqlens=column, cache_batch_idx=column, cache_leftpad=column)).cache
+    assert cache.seqlens is column and cache.slots is column and cache.leftpad is column
