@@ -29,7 +29,7 @@ def test_float64_is_exact_to_the_twelfth_digit(place: Place, head_dim: int, caus
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -38,7 +38,7 @@ def test_errors_are_those_of_standard_attention(place: Place, dtype: torch.dtype
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_k", [*LENGTHS, 113])
 @pytest.mark.parametrize("seqlen_q", LENGTHS)
@@ -60,7 +60,7 @@ def test_the_position_may_be_a_tensor(place: Place, offsets: Any) -> None:
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("heads, heads_k", [(4, 2), (4, 1), (6, 3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_key_head_gathers_the_gradients_of_its_group(
@@ -70,7 +70,7 @@ def test_a_key_head_gathers_the_gradients_of_its_group(
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "head_dim, head_dim_v",
     [(1, 1), (3, 3), (16, 16), (40, 40), (72, 72), (192, 192), (256, 256), (512, 512), (192, 128), (24, 72), (1, 40)],
@@ -111,7 +111,7 @@ def test_the_gradient_of_lse_counts(place: Place, with_do: bool, with_dlse: bool
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)])
 def test_only_the_wanted_gradients_are_computed(
     place: Place, launches: list[Any], needs: tuple[bool, bool, bool]
@@ -179,7 +179,7 @@ def test_keys_that_no_query_sees_never_show(place: Place, seqlen_q: int, q_offse
     assert_same(calls.backward(x), clean)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("factor", [1.0, 3.0, 5.0, 50.0])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (2, 5), (5, 2), (17, 17), (1, 17)])
 def test_short_tails_stay_finite(place: Place, seqlen_q: int, seqlen_k: int, factor: float) -> None:
@@ -187,7 +187,7 @@ def test_short_tails_stay_finite(place: Place, seqlen_q: int, seqlen_k: int, fac
     check(calls.backward(x), x, saturated=True)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", range(7))
 def test_strides_change_no_bit(place: Place, kind: int) -> None:
     dtype = torch.bfloat16
@@ -207,7 +207,7 @@ def test_expanded_gradients_change_no_bit(place: Place) -> None:
     assert_same(calls.backward(x._replace(do=do, dlse=dlse)), want)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("axis", ["batch", "head", "row", "tile"])
 def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device, axis: str) -> None:
     x = calls.far_inputs(place, axis)
@@ -244,7 +244,7 @@ def test_the_same_call_gives_the_same_bits_alone_or_in_a_batch(place: Place) -> 
     assert_same(calls.backward(alone), expected)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads, heads_k, scale", [(2, 2, None), (2, 1, 0.3), (2, 1, -0.7)])
 def test_gradcheck(place: Place, heads: int, heads_k: int, scale: float | None, causal: bool) -> None:

@@ -45,7 +45,7 @@ def blocks_of(
 SLOWLY = pytest.mark.slow  # beside the ragged one, every rule takes minutes where it is interpreted
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @BOTH
 @pytest.mark.parametrize("size", [32, *(pytest.param(size, marks=SLOWLY) for size in (16, 128, (32, 64)))], ids=str)
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_block_mask_equals_its_rule(
     check(got, x._replace(options={"mask": visible.to(x.q.device)}))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @BOTH
 @pytest.mark.parametrize(
     "more", [["causal"], ["window"], ["bias", "alibi_slopes"], ["mask_mod"], ["padding", "sinks"]], ids=str
@@ -85,7 +85,7 @@ def test_a_block_mask_made_by_hand_is_seen_whole(place: Place, backend: str) -> 
     check(features.run(x, backend), x._replace(options={"mask": visible.to(x.q.device)}))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @BOTH
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_keys_of_blocks_left_out_never_show(place: Place, backend: str, poison: float) -> None:
@@ -142,7 +142,7 @@ def test_blocks_left_out_are_never_loaded(place: Place, launches: list[Any], rul
     assert forward.loads["k"] == forward.loads["v"] == int(rows) * 16
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @COUNTED
 @pytest.mark.parametrize("kept", [0, 1, 16, 40, 63, 64])
 @pytest.mark.parametrize("side", ["right", "left"])

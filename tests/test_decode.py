@@ -46,7 +46,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("page_size", PAGES)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
@@ -73,7 +73,7 @@ def test_every_keyword(place: Place, feature: str, page_size: int | None, seqlen
     check(run(x, splits), x)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("heads, heads_k", [(2, 2), (3, 1), (8, 1)])
@@ -84,7 +84,7 @@ def test_rows_of_a_group_share_tiles(place: Place, heads: int, heads_k: int, seq
     check(run(x, 2, Config(32, 16, 4, 1)), x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim, head_dim_v", [(16, 16), (40, 24), (64, 72), (1, 40), (128, 128)])
 def test_any_head_dim(place: Place, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> None:
@@ -92,7 +92,7 @@ def test_any_head_dim(place: Place, head_dim: int, head_dim_v: int, dtype: torch
     check(run(x, 2), x)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("block_m", [16, 32, 64])
 @pytest.mark.parametrize("block_n", [16, 32, 64])
 @pytest.mark.parametrize("page_size", [None, 32])
@@ -101,7 +101,7 @@ def test_any_tile(place: Place, block_m: int, block_n: int, page_size: int | Non
     check(run(x, 2, Config(block_m, block_n, 4, 1)), x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 18])
 def test_any_number_of_parts(place: Place, splits: int, seqlen_q: int) -> None:
@@ -131,7 +131,7 @@ def test_parts_are_equal_but_for_a_tile(place: Place, first: int, total: int, sp
     assert all(number == each for number in tiles[:-1]) and all(number <= each for number in tiles[-1:])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("lengths, seqlen_q", [((0, 0), 5), ((0, 3, 20), 5), ((2, 1, 4), 5), ((130,), 5), ((0, 3), 20)])
 def test_short_empty_and_long_sequences(
@@ -161,7 +161,7 @@ def test_a_cache_without_slots_or_pages_has_no_keys(place: Place, page_size: int
     assert page_size is None or (got.o[1] == 0).all() and (got.lse[1] == float("-inf")).all()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("page_size", [None, 3, 16])
 @pytest.mark.parametrize(
     "dtype, stored",
@@ -184,7 +184,7 @@ def test_a_cache_may_be_narrower_than_its_queries(
     check(run(x, 2), x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_number_of_float8_is_read(
@@ -200,7 +200,7 @@ def test_every_number_of_float8_is_read(
     assert torch.equal(got.nan_to_num(7e4), numbers.to(dtype).nan_to_num(7e4))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("pairs", [3, 8, 20])
@@ -229,7 +229,7 @@ def test_queries_past_the_end_of_the_angles_are_not_a_number(place: Place) -> No
     assert got.o[0, :, 3:].isnan().all() and got.o[0, :, :3].isfinite().all() and got.o[1].isfinite().all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("new", [1, 7, 20])
 @pytest.mark.parametrize("page_size", [None, 3])
 def test_new_keys_count(place: Place, page_size: int | None, new: int) -> None:
@@ -243,7 +243,7 @@ def test_any_scale(place: Place, scale: float) -> None:
     check(run(x, 2), x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
 def test_dense_and_paged_have_the_same_bits(place: Place, page_size: int) -> None:
     for splits, seqlen_q in ((1, 1), (3, 5)):
@@ -254,7 +254,7 @@ def test_dense_and_paged_have_the_same_bits(place: Place, page_size: int) -> Non
         assert equal(run(x, splits), want)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kind", range(7))
 def test_strides_change_no_bit(place: Place, kind: int, dtype: torch.dtype) -> None:
@@ -277,7 +277,7 @@ def test_strides_of_the_small_tensors_change_no_bit(place: Place) -> None:
         assert equal(run(x._replace(options=x.options | {name: wide[..., 1]}), 2), want), name
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 def test_what_is_beside_a_sequence_changes_no_bit(place: Place, seqlen_q: int, splits: int) -> None:
@@ -290,7 +290,7 @@ def test_what_is_beside_a_sequence_changes_no_bit(place: Place, seqlen_q: int, s
         assert equal(got, Outputs(together.o[b : b + 1], together.lse[b : b + 1])), b
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("lengths", [(30,), (33, 7), (113, 64)])
 def test_parts_of_so_many_keys_know_nothing_of_the_cache_around_them(place: Place, lengths: tuple[int, ...]) -> None:
     x = random_call(place, lengths, page_size=16, dtype=torch.bfloat16, sinks=torch.randn(4))
@@ -313,7 +313,7 @@ def test_the_output_is_dense_in_the_querys_axis_order(place: Place, order: tuple
     assert got.o.permute(order).is_contiguous() and got.lse.is_contiguous() and equal(got, want)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("axis", ["batch", "head", "row", "tile"])
 @pytest.mark.parametrize("paged", [False, True])
 def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device, axis: str, paged: bool) -> None:
@@ -344,7 +344,7 @@ def test_a_table_may_pass_32_bits(place: Place, device: torch.device, axis: int)
     assert equal(run(x), want)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("names", [("k_cache",), ("v_cache",), ("k_cache", "v_cache")], ids=str)
@@ -376,7 +376,7 @@ def test_a_bad_query_row_stays_alone(place: Place, poison: float) -> None:
     assert not got.o[0, 1, 2].isfinite().any()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.interpret(gpu=False)  # the interpreter counts the work
 @pytest.mark.parametrize("splits", [1, 2, 9])
 @pytest.mark.parametrize(

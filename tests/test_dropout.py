@@ -28,7 +28,7 @@ def kept(
     return (o > 0).cpu()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_what_is_kept_is_what_philox_says(place: Place, backend: str, p: float) -> None:
     for torch_seed in range(4):
@@ -39,7 +39,7 @@ def test_what_is_kept_is_what_philox_says(place: Place, backend: str, p: float) 
         assert torch.equal(got, keep_mask(seed, p, 2, 3, 35, 41))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.75])
 def test_the_rate_is_p(place: Place, backend: str, p: float) -> None:
     found = torch.cat([(~kept(place, backend, 60, 60, p)).flatten() for _ in range(3)])
@@ -70,7 +70,7 @@ def test_no_draw_is_made_without_dropout(place: Place, backend: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block_m", [16, 32, 64])
 @pytest.mark.parametrize("block_n", [16, 32, 64])
 def test_tiles_do_not_change_the_mask(place: Place, backend: str, block_m: int, block_n: int) -> None:
@@ -80,7 +80,7 @@ def test_tiles_do_not_change_the_mask(place: Place, backend: str, block_m: int, 
     assert torch.equal(kept(place, backend, 70, 50, 0.4, Config(block_m, block_n, 4, 1)), want)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("names", [[], ["causal", "groups"], ["sinks", "bias"], ["window", "score_mod"]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_same_mask(place: Place, backend: str, names: list[str], dtype: torch.dtype) -> None:

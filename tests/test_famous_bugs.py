@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @BOTH
 @pytest.mark.parametrize("factor", [1.0, 3.0, 5.0, 50.0])
 def test_gradients_of_a_short_tail_are_no_nan(place: Place, backend: str, factor: float) -> None:
@@ -33,7 +33,7 @@ def test_gradients_of_a_short_tail_are_no_nan(place: Place, backend: str, factor
         check(features.run(x, backend), x, saturated=True)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @BOTH
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 def test_strides_of_every_operand_are_followed(place: Place, backend: str, name: str) -> None:
@@ -102,7 +102,7 @@ def test_gradients_race_with_nothing(place: Place, names: list[str]) -> None:
             assert a is None or torch.equal(a, b), name
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @BOTH
 @pytest.mark.parametrize("name", ["score_mod", "mask_mod", "bias"])  # the others in test_pairs.py
 def test_the_backward_pass_gets_what_the_forward_pass_got(place: Place, backend: str, name: str) -> None:
@@ -213,7 +213,7 @@ def test_a_captured_graph_replays(place: Place, names: list[str]) -> None:
             assert torch.equal(o, want[0]) and torch.equal(lse, want[1])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret(gpu=False))])
 @pytest.mark.parametrize("names", [["causal"], ["padding", "alibi_slopes"], ["window", "sinks", "softcap"]], ids=str)
 def test_compiled_calls_of_changing_lengths_equal_eager_ones(place: Place, backend: str, names: list[str]) -> None:

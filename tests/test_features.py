@@ -27,7 +27,7 @@ GRADIENTS = ("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks")
 pytestmark = BOTH
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", features.NAMES)
 def test_a_feature_is_within_the_bounds_of_every_dtype(
@@ -54,7 +54,7 @@ def test_an_operand_keeps_its_own_dtype(place: Place, backend: str, name: str, o
     check(got, x)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_a_bias_of_any_broadcast_shape_has_a_gradient_of_its_shape(
     place: Place, backend: str, full: tuple[bool, bool, bool, bool]
@@ -69,7 +69,7 @@ def test_a_bias_of_any_broadcast_shape_has_a_gradient_of_its_shape(
         check(got, x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("shape", [(20,), (1,), (), (33, 20), (33, 1), (2, 1, 20), (2, 33, 20)], ids=str)
 @pytest.mark.parametrize("name", ["bias", "mask"])
 def test_an_operand_may_leave_out_leading_axes(place: Place, backend: str, name: str, shape: tuple[int, ...]) -> None:
@@ -81,7 +81,7 @@ def test_an_operand_may_leave_out_leading_axes(place: Place, backend: str, name:
     check(got, x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_a_mask_of_any_broadcast_shape(place: Place, backend: str, full: tuple[bool, bool, bool, bool]) -> None:
     sizes = Sizes(batch=2, heads=2, heads_k=1, seqlen_q=33, seqlen_k=20)
@@ -156,7 +156,7 @@ def test_only_the_gradients_asked_for_come(place: Place, backend: str) -> None:
         assert torch.equal(found[chosen].grad, getattr(want, f"d{chosen}")), chosen  # type: ignore[arg-type]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_every_gradient_repeats_bit_for_bit(place: Place, backend: str) -> None:
     names = ["bias", "alibi_slopes", "sinks", "groups", "dropout_p", "padding"]
     x = features.call_of(place, names, Sizes(seqlen_q=63, seqlen_k=71), torch.float32)
@@ -181,7 +181,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["padding", "bias", "alibi_slopes", "window", "mask_mod"])
 def test_nothing_is_expanded_to_the_square_of_the_length(place: Place, backend: str, name: str) -> None:
     batch, heads, n = (2, 8, 2048) if backend == "torch" else (4, 4, 128)

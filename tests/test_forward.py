@@ -24,7 +24,7 @@ def test_float64_is_exact_to_the_twelfth_digit(place: Place, head_dim: int, caus
     check(calls.forward(x), x)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
@@ -164,7 +164,7 @@ def test_short_tails_stay_finite(place: Place, seqlen_q: int, seqlen_k: int, fac
     check(calls.forward(x), x, saturated=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", range(7))
 def test_strides_change_no_bit(place: Place, kind: int, dtype: torch.dtype) -> None:

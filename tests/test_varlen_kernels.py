@@ -29,7 +29,7 @@ def mixes() -> list[tuple[tuple[int, int], ...]]:
     return [*found, ((0, 0),) * 4, ((0, 0), (17, 17), (0, 0), (0, 0)), ((17, 0), (0, 17), (17, 0), (0, 17))]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @BOTH
 @pytest.mark.parametrize("lengths", mixes(), ids=str)
 def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tuple[int, int], ...]) -> None:
@@ -45,7 +45,7 @@ def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tu
             assert got.dk is not None and (got.dk[end_k - m : end_k] == 0).all()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @BOTH
 @pytest.mark.parametrize(
     "names", [[name] for name in features.FEATURES] + [["causal", "window", "bias", "groups"]], ids=str
@@ -102,7 +102,7 @@ def test_rows_of_no_sequence_are_zero(place: Place, backend: str, extra: int) ->
 
 
 @BOTH
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("lengths", [((33, 33),), ((1, 1),), ((70, 20), (20, 70))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_errors_are_those_of_standard_attention(

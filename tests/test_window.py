@@ -32,7 +32,7 @@ def window_of(left: Side, right: Side) -> Any:
     return left if left == right else (left, right)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @BOTH
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True])
@@ -52,7 +52,7 @@ def test_the_support_of_each_row_is_the_window_s(
         assert torch.equal((o[0, 0] > 0).cpu(), want), (left, right)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @BOTH
 @pytest.mark.parametrize("q_offset", [-40, -7, 0, 11, 60, 2**40, torch.tensor([3, -9])], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
@@ -69,7 +69,7 @@ def test_a_window_moves_with_the_position(place: Place, backend: str, q_offset: 
 SIZES = [(20, 50), (50, 20), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((40, 40), (1, 50)))]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @BOTH
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SIZES)
 @pytest.mark.parametrize("left, right", EDGES)
@@ -151,7 +151,7 @@ def counted(x: calls.Inputs, launches: list[Any], visible: torch.Tensor) -> None
         assert launch.dots == dots * calls.visible_tiles(visible, config.block_m, config.block_n), kernel
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.interpret(gpu=False)  # the interpreter counts the work
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("left, right", EDGES[::2])
@@ -173,7 +173,7 @@ def test_tiles_outside_the_window_are_never_visited(
     counted(x, launches, band(seqlen_q, seqlen_k, q_offset, left, right, causal))
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(12)
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [(7, 7), (20, 0), (None, 5)], ids=str)
