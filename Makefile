@@ -43,7 +43,7 @@ help: ## this list
 
 setup: $(READY) ## the virtual environment alone
 
-test: $(READY) ## the tests: kernels interpreted, then kernels compiled (within 10 minutes on two cores)
+test: $(READY) ## the tests: kernels interpreted, then kernels compiled (about 10 minutes on two cores)
 	TRITON_INTERPRET=1 $(PY) $(PYTEST) -m "not aot and not gpu and not slow and not integrations"
 	$(PY) $(PYTEST) -m "aot and not slow"
 

@@ -87,7 +87,7 @@ def launched_decode(step: Step) -> "tuple[list[torch.Tensor], list[Launched]]":
     s, config = step, tuned(step).config
     call = (s.q, s.cache, s.new, s.rotary, s.mods, s.spec, s.scale, s.positions)
     splits, keys = parts_of(s, config)
-    return kernels.launched_decode(*call, splits, config, keys)
+    return kernels.decode(*call, splits, config, keys)
 
 
 def tuned(step: Step) -> tables.Choice:

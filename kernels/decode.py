@@ -221,24 +221,6 @@ def decode(
     splits: int,
     config: Config,
     keys: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o and lse of `launched_decode`."""
-    (o, lse, *_), _ = launched_decode(q, cache, new, rotary, mods, spec, scale, positions, splits, config, keys)
-    return o, lse
-
-
-def launched_decode(
-    q: torch.Tensor,
-    cache: Cache,
-    new: int,
-    rotary: Rotary | None,
-    mods: Mods,
-    spec: Spec,
-    scale: float,
-    positions: Positions,
-    splits: int,
-    config: Config,
-    keys: int = 0,
 ) -> tuple[list[torch.Tensor], list[Launched]]:
     """Launch the decode kernel, and the one that merges where keys are split.
 

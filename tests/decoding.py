@@ -121,7 +121,8 @@ def run(x: Call, splits: int = 1, config: Config = SMALL, keys: int = 0) -> Outp
         precision=precision_of(x.q),
     )
     positions = Positions(0, left or 0, right or 0)
-    return Outputs(*decode(x.q, cache, x.new, rotary, mods, spec, scale, positions, splits, config, keys))
+    (o, lse, *_), _ = decode(x.q, cache, x.new, rotary, mods, spec, scale, positions, splits, config, keys)
+    return Outputs(o, lse)
 
 
 def oracle(x: Call) -> Outputs:
