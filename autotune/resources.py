@@ -289,6 +289,8 @@ def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
         elif feature == "packed":
             names = ("q_offset", "starts_q", "starts_k", "tiles")
             operands |= dict.fromkeys(names, integer) | {"bad": pointer("u8")}
+        elif feature == "origin":
+            operands["origin"] = view("i32", False)
         else:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {feature!r}")
     return Operands(**operands), spec

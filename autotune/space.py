@@ -18,7 +18,7 @@ RAGGED = {16: 8, 32: 24, 64: 40, 128: 104, 256: 200, 512: 328}  # of each bucket
 
 FEATURES = (
     "window", "mask", "padding", "bias", "alibi", "softcap", "sinks", "dropout", "score_mod", "mask_mod", "blocks",
-    "packed",
+    "packed", "origin",
 )  # fmt: skip
 
 

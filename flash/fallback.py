@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from flash import fused
-from flash.kernels.spec import Gradients, Mods, Positions, Spec, dense_like
+from flash.kernels.spec import Gradients, Mods, Positions, Spec, accumulator_dtype, dense_like, output_dtype
 from flash.scoring import all_finite, distances, dropped, matmul, score
 from flash.tiling import (
     Call,
     Tile,
-    accumulator_dtype,
     accumulator_of,
     add_keys,
     add_operand,
@@ -49,10 +48,10 @@ def forward(
         positions: which keys a query sees by its position.
 
     Returns:
-        o [batch, heads, seqlen_q, head_dim_v] in q's dtype and order in memory, and lse [batch, heads, seqlen_q],
-        natural logarithm, float32 (float64 for float64).
+        o [batch, heads, seqlen_q, head_dim_v] in q's dtype (a part's in lse's) and order in memory, and lse [batch,
+        heads, seqlen_q], natural logarithm, float32 (float64 for float64).
     """
-    o = dense_like(q, v.shape[-1]).zero_()
+    o = dense_like(q, v.shape[-1], dtype=output_dtype(q, spec)).zero_()
     lse = torch.full(q.shape[:3], float("-inf"), dtype=accumulator_dtype(q), device=q.device)
     call = Call(q, k, v, mods, spec, scale, positions)
     if mods.starts_q is None:
@@ -121,14 +120,19 @@ def backward(
         do: gradient of o, any strides.
         dlse: gradient of lse, or None for zero.
         q, k, v, mods, spec, scale, positions: as given to `forward`.
-        o, lse: as it returned them.
+        o, lse: as it returned them; of a part, those of the whole call, of its rows.
         needs: which gradients to compute.
 
     Returns:
-        each in the shape, dtype and order in memory of its operand.
+        each in the shape, dtype and order in memory of its operand; of a part, dq, dk and dv in lse's dtype.
     """
     operands = Gradients(q, k, v, mods.bias, mods.alibi_slopes, mods.sinks)
-    grads = Gradients(*(torch.zeros_like(x) if need else None for x, need in zip(operands, needs, strict=True)))
+    dtypes = [output_dtype(x, spec) for x in (q, k, v)] + [None] * 3
+    blank = (
+        torch.zeros_like(x, dtype=dtype) if need else None
+        for x, dtype, need in zip(operands, dtypes, needs, strict=True)
+    )
+    grads = Gradients(*blank)
     # sums over tiles and sequences; dk and dv have theirs in each pass
     sums = [None if x is None else torch.zeros_like(x, dtype=accumulator_dtype(q)) for x in grads[3:]]
     call = Call(q, k, v, mods, spec, scale, positions)
@@ -156,18 +160,19 @@ def backward(
 def backward_dense(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, grads: Gradients) -> None:
     """Fill dq, dk, dv, and add to the others."""
     if not (fused.serves_backward(call, do, dlse, o, grads) and fused.backward(call, do, o, lse, grads)):
-        backward_blocks(call, do, dlse, lse, grads)
+        backward_blocks(call, do, dlse, o, lse, grads)
     elif grads.sinks is not None:
         add_sinks(call, (do * o).sum(-1, dtype=lse.dtype), lse, grads.sinks)
 
 
-def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, grads: Gradients) -> None:
+def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, grads: Gradients) -> None:
     """Fill dq, dk, dv, and add to the others, tile by tile."""
     q, k, v, accumulator = call.q, call.k, call.v, lse.dtype
     dk, dv = accumulator_of(grads.k, accumulator), accumulator_of(grads.v, accumulator)
     delta = torch.zeros_like(lse) if grads.sinks is not None else None  # of rows without keys it is 0
     others = any(x is not None for x in (grads.q, dk, *grads[3:]))
-    rows_finite = all(all_finite(x) for x in (do, q, k, v, dlse) if x is not None)
+    whole_o = o if call.spec.part else None  # keys of other parts may have made NaN of it
+    rows_finite = all(all_finite(x) for x in (do, q, k, v, dlse, whole_o) if x is not None)
     finite = rows_finite and all_finite(lse.masked_fill(lse == float("-inf"), 0.0))
     for tile in tiles(call, pairs_of_a_tile(call)):
         q_tile = load_rows(q, tile, accumulator)
@@ -194,7 +199,11 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, lse: Tensor, gr
             ds *= stays
         if hide is not None:
             ds.masked_fill_(hide, 0.0)
-        delta_tile = ds.sum(-1, keepdim=True)  # do . o, without o's rounding
+        if call.spec.part:
+            delta_tile = (load_rows(do, tile, accumulator) * load_rows(o, tile, accumulator)).sum(-1, keepdim=True)
+            delta_tile = delta_tile.view(*tile.shape[:2], 1)
+        else:
+            delta_tile = ds.sum(-1, keepdim=True)  # do . o, without o's rounding
         if delta is not None:
             store_rows(delta.unsqueeze(-1), tile, delta_tile)
         if dlse is not None:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash import tiling
-from flash.kernels.spec import Gradients
+from flash.kernels.spec import Gradients, accumulator_dtype
 from flash.scoring import additive, all_finite, longest
-from flash.tiling import Call, Tile, accumulator_dtype, accumulator_of, add_keys, offsets_of, tiles
+from flash.tiling import Call, Tile, accumulator_of, add_keys, offsets_of, tiles
 
 FEW_DIMS = 8  # of v; below, o's rounding to half shows in do . o, and standard attention would be nearer
 # Largest score of a fused call. Over 512 products float32 rounds it by at most 512 * 2**-24 * 1e4 = 0.3, so a weight

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from flash import fallback
-from flash.kernels.spec import Cache, Mods, Positions, Rotary, Spec, dense_like
-from flash.tiling import accumulator_dtype, cut
+from flash.kernels.spec import Cache, Mods, Positions, Rotary, Spec, accumulator_dtype, dense_like
+from flash.tiling import cut
 
 
 class Sequence(NamedTuple):

@@ -17,7 +17,18 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .kernels.spec import Blocks, Config, Gradients, Mods, Positions, Spans, Spec, dense_like
+from .kernels.spec import (
+    Blocks,
+    Config,
+    Gradients,
+    Mods,
+    Positions,
+    Spans,
+    Spec,
+    accumulator_dtype,
+    dense_like,
+    output_dtype,
+)
 from .problem import Problem
 from .twins import from_handle, handle_of
 
@@ -111,9 +122,12 @@ def forward_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) 
     return dispatch.forward(problem_of(q, k, v, *call))
 
 
-def forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return dense_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+def forward_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: Any, *call: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spec, *_ = spec_of(call[TEXT])
+    o = dense_like(q, v.shape[3], dtype=output_dtype(q, spec))
+    return o, q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
 
 
 def backward_impl(
@@ -134,9 +148,13 @@ def backward_impl(
 def backward_fake(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> list[torch.Tensor]:
-    operands, needs = rest[2], rest[-1]  # after o and lse
-    inputs = (q, k, v, *(operands[PLAIN.index(name)] for name in DIFFERENTIABLE))
-    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+    _o, _lse, operands, *call, needs = rest
+    spec, *_ = spec_of(call[TEXT])
+    found = [
+        torch.empty_like(x, dtype=output_dtype(x, spec)) for x, need in zip((q, k, v), needs[:3], strict=True) if need
+    ]
+    others = zip(DIFFERENTIABLE, needs[3:], strict=True)
+    return found + [torch.empty_like(operands[PLAIN.index(name)]) for name, need in others if need]
 
 
 def jvp_impl(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

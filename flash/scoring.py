@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash.kernels.spec import accumulator_dtype
 from flash.philox import kept
-from flash.tiling import Call, Tile, accumulator_dtype, operand, part_of_blocks
+from flash.tiling import Call, Tile, operand, part_of_blocks
 
 
 class Score(NamedTuple):
@@ -66,7 +67,17 @@ def coordinates(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]
     device = call.q.device
     b = torch.full((1, 1, 1), tile.b + call.origin.b, device=device)
     h = torch.arange(*tile.heads.indices(tile.heads.stop), device=device)[:, None, None]
-    return b, h, tile.queries(device).unsqueeze(0), tile.keys(device)[None, None]
+    head, row, col = origin_of(call, tile.b)
+    return b, h + head, tile.queries(device).unsqueeze(0) + row, tile.keys(device)[None, None] + col
+
+
+def origin_of(call: Call, b: int) -> tuple[int, int, int]:
+    """The head, query and key of the whole call that this one begins at in batch element b."""
+    origin = call.mods.origin
+    if origin is None:
+        return 0, 0, 0
+    head, row, col = origin[b if origin.shape[0] > 1 else 0].tolist()
+    return head, row, col
 
 
 def modified(call: Call, tile: Tile, z: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:

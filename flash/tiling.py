@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash.kernels.spec import Blocks, Mods, Positions, Spans, Spec
+from flash.kernels.spec import Blocks, Mods, Positions, Spans, Spec, accumulator_dtype
 
 TILE_BYTES = 8 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 NARROW_ROWS = 128  # of a tile where rows far apart see other keys: more rows share a load, fewer visit less in vain
@@ -199,6 +199,7 @@ def own_mods(mods: Mods, b: int, seqlen_q: int, seqlen_k: int) -> Mods:
         starts_q=None,
         starts_k=None,
         bad=None,
+        origin=cut(mods.origin, b),
         spans=spans,
     )
 
@@ -272,8 +273,3 @@ def accumulator_of(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if grad is None or grad.dtype == dtype:
         return None if grad is None else grad.zero_()
     return torch.zeros_like(grad, dtype=dtype)
-
-
-def accumulator_dtype(x: Tensor) -> torch.dtype:
-    """What scores and sums are held in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

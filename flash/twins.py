@@ -41,7 +41,7 @@ class _Mod:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with args of its own and the same functions."""
-        return _with_args(self, copy.deepcopy(getattr(self, "args"), memo))  # noqa: B009
+        return changed(self, args=copy.deepcopy(getattr(self, "args"), memo))  # noqa: B009
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -129,13 +129,13 @@ def from_handle(handle: str, args: tuple[torch.Tensor, ...]) -> Any:
     """The mod of a handle, with these args."""
     if handle not in _mods:
         raise ValueError(f"handle must name a mod of this process, got {handle!r}")
-    return _with_args(_mods[handle], tuple(args))
+    return changed(_mods[handle], args=tuple(args))
 
 
-def _with_args(mod: Any, args: tuple[torch.Tensor, ...]) -> Any:
-    """A copy of a mod with other args; nothing is checked again."""
+def changed(mod: Any, **fields: Any) -> Any:
+    """A copy of a mod with other args, spans or check; nothing is checked again, and the handle stays."""
     other = object.__new__(type(mod))
-    other.__dict__.update(mod.__dict__, args=args)
+    other.__dict__.update(mod.__dict__, **fields)
     return other
 
 
@@ -168,7 +168,7 @@ def _enter(mod: Any, key: tuple[int, ...]) -> str:
         if key not in _handles:
             name = getattr(mod.torch_fn if mod.fn is None else mod.fn, "__name__", type(mod).__name__)
             handle = f"{name.strip('_')}:{len(_handles)}"
-            _mods[handle] = _with_args(mod, ())
+            _mods[handle] = changed(mod, args=())
             object.__setattr__(_mods[handle], "handle", handle)
             _handles[key] = handle
         return _handles[key]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels.spec import accumulator_dtype
 from .problem import Problem, Window
 from .scoring import score
-from .tiling import Call, Tile, accumulator_dtype, keys_of, load_keys, load_rows, offsets_of, pairs_of_a_tile
+from .tiling import Call, Tile, keys_of, load_keys, load_rows, offsets_of, pairs_of_a_tile
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import band, bias, score, softmax, tile
 from .launch import LENGTHS, cut, launch, prepare, shape_of, sizes_of, view
-from .spec import Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View
+from .spec import Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View, output_dtype
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -192,16 +192,19 @@ def backward(
         do: gradient of o, [batch, heads, seqlen_q, head_dim_v], any strides.
         dlse: gradient of lse, [batch, heads, seqlen_q], any strides, or None.
         q, k, v, mods, spec, scale, positions: as the forward took them.
-        o, lse: as the forward returned them.
+        o, lse: as the forward returned them, lse dense; of a part, those of the whole call, of its rows.
         configs: tile sizes and launch options of the dkdv and dq kernels.
         needs: which gradients are wanted.
 
     Returns:
-        The gradients, each with its operand's shape, dtype and (of q, k and v) axis order; None where not wanted.
+        The gradients, each with its operand's shape, dtype (of q, k and v in a part: lse's) and (of q, k and v) axis
+        order; None where not wanted.
     """
     packed = mods.bad is not None
     blank = torch.zeros_like if packed or q.shape[1] == 0 else torch.empty_like  # rows of no sequence have no owner
-    dq, dk, dv = (blank(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    dq, dk, dv = (
+        blank(x, dtype=output_dtype(x, spec)) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
     dslopes = blank(lse) if needs.alibi_slopes else None
     delta = torch.empty_like(lse)
     operands, spec = prepare(mods, spec)

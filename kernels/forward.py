@@ -23,7 +23,7 @@ import triton.language as tl
 
 from . import band, score, softmax, tile
 from .launch import LENGTHS, cut, launch, launch_again, prepare, shape_of, sizes_of, view
-from .spec import Config, Mods, Positions, Site, Sizes, Spec, dense_like
+from .spec import Config, Mods, Positions, Site, Sizes, Spec, accumulator_dtype, dense_like, output_dtype
 
 
 @triton.jit
@@ -209,12 +209,13 @@ def planned_forward(
         config: tile sizes and launch options.
 
     Returns:
-        o [batch, heads, seqlen_q, head_dim_v], of q's dtype and axis order, and lse [batch, heads, seqlen_q] in natural
-        logarithm, float32 (float64 for float64); and the Plan of a call without mods, where there is a kernel to plan.
+        o [batch, heads, seqlen_q, head_dim_v], of q's dtype (a part's is lse's) and axis order, and lse [batch, heads,
+        seqlen_q] in natural logarithm, float32 (float64 for float64); and the Plan of a call without mods, where there
+        is a kernel to plan.
     """
     packed = mods.bad is not None
-    o = dense_like(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    o = dense_like(q, v.shape[3], dtype=output_dtype(q, spec))
+    lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
     if packed:  # rows of no sequence are nobody's
         o.zero_()
         lse.fill_(float("-inf"))

@@ -345,6 +345,7 @@ def unserved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mods: Mods, spec
         "a block mask": mods.blocks,
         "a score_mod": mods.score_mod,
         "a mask_mod": mods.mask_mod,
+        "a part of the keys": spec.part or None,
     }
     found = [name for name, operand in features.items() if operand is not None]
     if found or spec.hides or mods.spans is not None:

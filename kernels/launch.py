@@ -50,6 +50,7 @@ def prepare(mods: Mods, spec: Spec) -> tuple[Operands, Spec]:
         (False, False) if x is None else (x.shape[2] > 1, x.shape[3] > 1) for x in (mods.mask, mods.bias)
     )
     spec = spec._replace(
+        part=False,  # which only launchers ask: no kernel is compiled for it
         mask_rows=mask_axes[0],
         mask_cols=mask_axes[1],
         bias_rows=bias_axes[0],
@@ -66,6 +67,7 @@ def prepare(mods: Mods, spec: Spec) -> tuple[Operands, Spec]:
         starts_q=mods.starts_q,
         starts_k=mods.starts_k,
         bad=None if mods.bad is None else mods.bad.view(torch.uint8),
+        origin=None if mods.origin is None else spread(mods.origin[:, None, None]),
         **({} if mods.blocks is None else views_of(mods.blocks)),
         **({} if mods.spans is None else {name: spread(x.unsqueeze(3)) for name, x in mods.spans._asdict().items()}),
         score_fn=None if mods.score_mod is None else mods.score_mod.fn,

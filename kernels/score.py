@@ -36,8 +36,8 @@ def score(qk, at, mods, sizes, scale, spec: tl.constexpr):
     else:
         s = added(capped(qk * tl.cast(scale, qk.dtype), spec), at, mods, sizes, spec)
         if mods.score_fn is not None:
-            i, j = clamped(at, sizes)
-            s = mods.score_fn(s, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
+            h, i, j = indices(at, mods, sizes)
+            s = mods.score_fn(s, at.b, h, i, j, mods.score_args).to(qk.dtype)
         return s
 
 
@@ -74,9 +74,9 @@ def factors(qk, at, mods, sizes, scale, spec: tl.constexpr):
     ds_dz, dz_dx = 1.0, 1.0
     x = qk * tl.cast(scale, qk.dtype)
     if mods.score_fn is not None:
-        i, j = clamped(at, sizes)
+        h, i, j = indices(at, mods, sizes)
         z = added(capped(x, spec), at, mods, sizes, spec)
-        ds_dz = mods.score_derivative(z, at.b, at.h, i, j, mods.score_args).to(qk.dtype)
+        ds_dz = mods.score_derivative(z, at.b, h, i, j, mods.score_args).to(qk.dtype)
     if spec.softcap is not None:
         ratio = tanh(x * (1 / spec.softcap))
         dz_dx = 1.0 - ratio * ratio
@@ -129,9 +129,20 @@ def tanh(x):
 
 
 @triton.jit
-def clamped(at, sizes):
-    """i and j within their sequence, as user functions get them: they index tensors with them."""
-    return tl.minimum(at.i, sizes.seqlen_q - 1), tl.minimum(at.j, sizes.seqlen_k - 1)
+def indices(at, mods, sizes):
+    """h, i and j as user functions get them, who index tensors with them: i and j within their sequence."""
+    return numbered(at, tl.minimum(at.i, sizes.seqlen_q - 1), tl.minimum(at.j, sizes.seqlen_k - 1), mods)
+
+
+@triton.jit
+def numbered(at, i, j, mods):
+    """(h, i, j) as the whole call numbers them, of which this one may be a part."""
+    if mods.origin is None:
+        return at.h, i, j
+    else:
+        x = mods.origin
+        base = tile.origin(x, at.b, at.h)
+        return at.h + tl.load(base), i + tl.load(base + x.stride_d), j + tl.load(base + 2 * x.stride_d)
 
 
 @triton.jit
@@ -164,8 +175,8 @@ def visible(at, mods, sizes, spec: tl.constexpr):
     if mods.bias is not None:
         keep &= not_lowest(element(mods.bias, at, sizes, spec.bias_rows, spec.bias_cols))
     if mods.mask_fn is not None:
-        i, j = clamped(at, sizes)
-        keep &= mods.mask_fn(at.b, at.h, i, j, mods.mask_args) != 0
+        h, i, j = indices(at, mods, sizes)
+        keep &= mods.mask_fn(at.b, h, i, j, mods.mask_args) != 0
     if spec.blocks is not None:
         keep &= in_blocks(at, mods, keep, spec)
     return keep

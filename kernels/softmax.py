@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import tile
-from .score import LOG2E
+from .score import LOG2E, numbered
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -74,7 +74,8 @@ def totals(m, l, natural, mods, b, h):
 def thinned(x, at, mods, spec: tl.constexpr):
     """x with some elements 0 and the others scaled up: drawn by Philox4x32-10 (Salmon et al. 2011), not by the tile."""
     if spec.dropout_p > 0.0:
-        drawn, _, _, _ = tl.philox(tl.load(mods.seed), at.j, at.i, at.h, at.b)
+        h, i, j = numbered(at, at.i, at.j, mods)
+        drawn, _, _, _ = tl.philox(tl.load(mods.seed), j, i, h, at.b)
         return tl.where(drawn >= spec.threshold, x * (1.0 / (1.0 - spec.dropout_p)), 0.0)
     else:
         return x

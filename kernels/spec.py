@@ -162,6 +162,7 @@ class Mods(NamedTuple):
     starts_q: Any = None  # int32 [batch + 1], where packed sequences start; never decreasing, within 0 and total_q
     starts_k: Any = None  # likewise, for keys
     bad: Any = None  # bool [batch], the sequences whose lengths were hostile: their rows are NaN
+    origin: Any = None  # int32 [batch or 1, 3], the head, query and key of the whole call that a part of it begins at
     blocks: Blocks | None = None
     spans: Spans | None = None
     score_mod: Any = None  # flash.mods.ScoreMod
@@ -183,6 +184,7 @@ class Operands(NamedTuple):
     starts_q: Any = None  # pointer
     starts_k: Any = None  # pointer
     bad: Any = None  # pointer to bytes
+    origin: Any = None  # View; only the first axis and the last have strides
     tiles: Any = None  # pointer to int32 [batch + 1]: how many tiles the packed sequences before each one have
     # Blocks and Spans member by member: Triton 3.6 loses a stride of 1 in a View two tuples deep.
     state: Any = None  # View
@@ -279,6 +281,8 @@ class Spec(NamedTuple):
     blocks: tuple[int, int] | None = None  # queries and keys in a block of Mods.blocks
     raw: bool = True  # scores stay q.k up to the exponent; wants a positive scale and nothing that changes a score
     precision: str = "ieee"  # how float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"
+    # some of a call's keys: o, dq, dk and dv leave in the accumulator's dtype, as what they are added to will round
+    part: bool = False
     # What follows from Mods, filled in by `launch.prepare`: whether an operand has an axis of queries, and one of keys.
     mask_rows: bool = False
     mask_cols: bool = False
@@ -287,11 +291,24 @@ class Spec(NamedTuple):
     threshold: int = 0  # dropout_p in units of 2**-32
 
 
-def dense_like(q: torch.Tensor, head_dim_v: int, device: str | None = None) -> torch.Tensor:
+def accumulator_dtype(x: torch.Tensor) -> torch.dtype:
+    """What scores and sums are held in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def output_dtype(x: torch.Tensor, spec: Spec) -> torch.dtype:
+    """What o leaves in for q, and a gradient for its operand: x's own dtype, or the accumulator's of a part."""
+    return accumulator_dtype(x) if spec.part else x.dtype
+
+
+def dense_like(
+    q: torch.Tensor, head_dim_v: int, device: str | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """An empty [batch, heads, seqlen_q, head_dim_v], dense, its axes in the order that q's have in memory."""
     if head_dim_v == q.shape[3]:
-        return torch.empty_like(q) if device is None else torch.empty_like(q, device=device)
+        return torch.empty_like(q, device=device, dtype=dtype)
     strides = torch.empty_like(q, device="meta").stride()
     order = sorted(range(4), key=lambda axis: -strides[axis])
     sizes = (*q.shape[:3], head_dim_v)
-    return q.new_empty([sizes[axis] for axis in order], device=device).permute([order.index(axis) for axis in range(4)])
+    dense = q.new_empty([sizes[axis] for axis in order], device=device, dtype=dtype)
+    return dense.permute([order.index(axis) for axis in range(4)])
