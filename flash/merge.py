@@ -62,3 +62,11 @@ def check_parts(o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: to
         raise ValueError(f"lse1 must have shape {list(o1.shape[:-1])}, o1's less head_dim, got {list(lse1.shape)}")
     if lse2.shape != lse1.shape or lse2.dtype != lse1.dtype:
         raise ValueError(f"lse2 must be {lse1.dtype} {list(lse1.shape)} like lse1, got {lse2.dtype} {list(lse2.shape)}")
+
+
+def join(o: torch.Tensor, lse: torch.Tensor, o_more: torch.Tensor, lse_more: torch.Tensor) -> None:
+    """`merge` in place, without gradients: o and lse take in attention to other keys, of their dtypes."""
+    # exp(lse_more) / (exp(lse) + exp(lse_more)); where there are no other keys -inf - -inf would be NaN
+    weight = torch.sigmoid(lse_more - lse).masked_fill_(lse_more == float("-inf"), 0.0)
+    o.lerp_(o_more, weight.unsqueeze(-1))
+    torch.logaddexp(lse, lse_more, out=lse)

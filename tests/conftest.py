@@ -196,3 +196,22 @@ def launches() -> list[Any]:
     from tests.interpreter import memory
 
     return memory.launches
+
+
+@pytest.fixture(scope="session")
+def teams() -> Iterator[list[Any]]:
+    """The teams of this process, the last one at work."""
+    found: list[Any] = []
+    yield found
+    for team in found:
+        team.end()
+
+
+@pytest.fixture
+def team(teams: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Four ranks of torch.distributed, all of them well: a `tests.ranks.Team`."""
+    from tests.ranks import Team
+
+    if not teams or not teams[-1].alive():
+        teams.append(Team(tmp_path_factory.mktemp("ranks")))
+    return teams[-1]

@@ -1,0 +1,213 @@
+"""ring_attention as torch sees it: two opaque ops, the choice among the methods, and an autograd Function above.
+
+All that is said between ranks is said within an op, so that torch.compile traces a call as it does any other. The ops
+carry no autograd formula and are guarded like those of `flash/ops.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import ring_methods, ulysses
+from .autograd import distinct
+from .kernels.spec import Gradients, accumulator_dtype, dense_like
+from .links import Links, agree
+from .ops import guarded, library
+from .ring_call import DIFFERENTIABLE, OPERANDS, Call, Layout, Setting, read, unflatten
+from .ring_methods import Output
+from .shards import ways_of
+
+METHODS = ("auto", "ring", "all_gather", "ulysses")
+# Rows of a rank times heads that share a key head: products for each number of half precision that a hop brings. From
+# here on a hop takes less time than the products over it on an H200 (some 600 TFLOP/s, 450 GB/s of NVLink a direction).
+HIDDEN = 1024
+
+CALL = "Tensor?[] tensors, str call"
+library.define(f"ring_forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse, Tensor lengths)")
+library.define(
+    "ring_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor lengths, "
+    f"{CALL}, bool[] needs) -> Tensor[]"
+)
+
+
+def choose(call: Call, layout: Layout) -> tuple[str, str]:
+    """The method that a call is served by, and why.
+
+    Raises:
+        NotImplementedError: the method asked for by name does not serve the call.
+    """
+    asked, world_size = call.setting.method, call.setting.world_size
+    refusal = ulysses.unserved(call, world_size)
+    if asked == "ulysses" and refusal:
+        raise NotImplementedError(f"method 'ulysses' does not serve this call: {refusal}; use method='ring'")
+    if asked != "auto":
+        return asked, "asked for by name"
+    if world_size == 1:
+        return "ring", "one rank has everything"
+    hops = sum(way.hops for way in ways_of(layout.needs))
+    if hops <= (world_size - 1) // 2:
+        return "ring", f"keys that are seen are at most {hops} hops away, of {world_size - 1}"
+    rows = layout.total_q // world_size
+    work = rows * (call.q.shape[1] // max(call.k.shape[1], 1))
+    if work >= HIDDEN:
+        return "ring", f"{work} rows of a rank and heads share each key, {HIDDEN} or more: products hide the hops"
+    short = f"only {work} rows of a rank and heads share each key, less than {HIDDEN}: hops would be waited for"
+    if refusal is None:
+        return "ulysses", f"{short}, and {call.q.shape[1]} heads divide among {world_size} ranks"
+    return "all_gather", f"{short}, and {refusal}"
+
+
+def layout_of(call: Call, lengths: Sequence[Sequence[int]]) -> Layout:
+    """The layout, from the lengths (seqlen_q, seqlen_k) of each rank."""
+    lengths_q, lengths_k = zip(*lengths, strict=True)
+    return call.layout(lengths_q, lengths_k)
+
+
+def met(links: Links, call: Call) -> list[list[int]]:
+    """The lengths of all shards, once all ranks are known to make the same call."""
+    own = [call.q.shape[2], call.k.shape[2]]
+    refusal: Exception | None = None
+    try:
+        call.check()
+    except (ValueError, TypeError, NotImplementedError) as error:
+        refusal = error
+    if not call.setting.run_check:
+        if refusal is not None:
+            raise refusal
+        return [own] * links.world_size
+    return agree(links, call.q.device, call.alike(), own, refusal)
+
+
+def of_one_seed(links: Links, call: Call) -> Call:
+    """The call with the seed of dropout that the group's first rank drew."""
+    if "seed" not in call.tensors:
+        return call
+    return call._replace(tensors=call.tensors | {"seed": links.first(call.tensors["seed"])})
+
+
+def forward_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, text: str) -> Any:
+    call = unflatten(q, k, v, tensors, text)
+    links = Links.named(call.setting.group)
+    lengths = met(links, call)
+    layout = layout_of(call, lengths)
+    method, _ = choose(call, layout)
+    call = of_one_seed(links, call)
+    if method == "ulysses":
+        o, lse = ulysses.forward(links, call, layout)
+    else:
+        o, lse = ring_methods.forward(method, links, call, layout)
+    return o, lse, torch.tensor(lengths, dtype=torch.int64)
+
+
+def forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, text: str) -> Any:
+    *_, setting = read(text)
+    lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
+    return dense_like(q, v.shape[3]), lse, torch.empty(setting.world_size, 2, dtype=torch.int64, device="cpu")
+
+
+def backward_impl(
+    do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+    lse: torch.Tensor, lengths: torch.Tensor, tensors: Any, text: str, needs: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    call = unflatten(q, k, v, tensors, text)
+    links = Links.named(call.setting.group)
+    layout = layout_of(call, lengths.tolist())
+    method, _ = choose(call, layout)
+    call, output = of_one_seed(links, call), Output(o, lse, do, dlse)
+    if method == "ulysses":
+        grads = ulysses.backward(links, call, layout, output, Gradients(*needs))
+    else:
+        grads = ring_methods.backward(method, links, call, layout, output, Gradients(*needs))
+    return [x for x in grads if x is not None]
+
+
+def backward_fake(
+    do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+    lse: torch.Tensor, lengths: torch.Tensor, tensors: Any, text: str, needs: list[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    inputs = (q, k, v, *(tensors[OPERANDS.index(name)] for name in DIFFERENTIABLE))
+    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+
+
+for name, impl, fake in (
+    ("ring_forward", forward_impl, forward_fake),
+    ("ring_backward", backward_impl, backward_fake),
+):
+    library.impl(name, impl, "CompositeExplicitAutograd")
+    library.impl(name, guarded(getattr(torch.ops.flash, name)), "Autograd")
+    torch.library.register_fake(f"flash::{name}", fake, lib=library)
+
+
+def forward_flops(q: Any, k: Any, v: Any, tensors: Any, text: str, *_: Any, **__: Any) -> int:
+    """Operations on a rank's rows and all keys, hidden or not, as if shards were alike."""
+    return flops(q, k, text, q.shape[3] + v.shape[3])
+
+
+def backward_flops(
+    do: Any, dlse: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, lengths: Any, tensors: Any, text: str, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    """The same of the backward pass."""
+    return flops(q, k, text, 3 * q.shape[3] + 2 * v.shape[3])
+
+
+def flops(q: Any, k: Any, text: str, widths: int) -> int:
+    """Floating-point operations of as many products of each pair of a query and a key."""
+    setting: Setting = read(text)[-1]
+    return 2 * int(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]) * setting.world_size * widths
+
+
+register_flop_formula(torch.ops.flash.ring_forward, get_raw=True)(forward_flops)
+register_flop_formula(torch.ops.flash.ring_backward, get_raw=True)(backward_flops)
+
+
+class RingAttention(torch.autograd.Function):
+    """o and lse of (q, k, v, text, *tensors), differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, text: str, *tensors: Any) -> Any:
+        o, lse, lengths = torch.ops.flash.ring_forward(q, k, v, tensors, text)
+        ctx.save_for_backward(q, k, v, o, lse, lengths, *tensors)
+        ctx.text = text
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
+        q, k, v, o, lse, lengths, *tensors = ctx.saved_tensors
+        places = [OPERANDS.index(name) for name in DIFFERENTIABLE]
+        needs = [*ctx.needs_input_grad[:3], *(ctx.needs_input_grad[4 + at] for at in places)]
+        if do is None:
+            do = o.new_zeros(()).expand_as(o)
+        found = iter(RingBackward.apply(do, dlse, q, k, v, o, lse, lengths, ctx.text, needs, *tensors))  # type: ignore[no-untyped-call]
+        grads = [next(found) if need else None for need in needs]
+        of_tensors: list[torch.Tensor | None] = [None] * len(tensors)
+        for at, grad in zip(places, grads[3:], strict=True):
+            of_tensors[at] = grad
+        return *grads[:3], None, *of_tensors
+
+
+class RingBackward(torch.autograd.Function):
+    """The wanted gradients; they have no derivative of their own, and say so."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *saved, text, needs = inputs[:10]
+        return tuple(torch.ops.flash.ring_backward(*saved, inputs[10:], text, needs))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("ring_attention is differentiable once: detach what the first derivative gives")
+
+
+def attend(call: tuple[list[Any], str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """(o, lse) of this rank's rows: through autograd where an input asks for a gradient, by the raw op elsewhere."""
+    tensors, text = call
+    inputs = [q, k, v, *(x for x in tensors if x is not None)]
+    if torch.compiler.is_compiling():
+        q, k, v, *tensors = distinct([q, k, v, *tensors])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return RingAttention.apply(q, k, v, text, *tensors)  # type: ignore[no-untyped-call]
+    return torch.ops.flash.ring_forward(q, k, v, tensors, text)[:2]
