@@ -8,16 +8,32 @@ and dropout do, is told by `Mods.origin` where the part begins. (o, lse) of the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .checks import MAX_SEQLEN
-from .kernels.spec import Mods, Spans
+from .kernels.spec import Blocks, Mods, Spans
 from .problem import Problem, positions_of
 from .twins import MaskMod, ScoreMod, changed
 
-M = TypeVar("M", ScoreMod, MaskMod)
+M = TypeVar("M", bound=ScoreMod | MaskMod)
+
+
+class Extent(NamedTuple):
+    """Which indices of one axis of a whole a call has."""
+
+    start: int
+    size: int
+    whole: int
+
+
+class Extents(NamedTuple):
+    """Which batch elements, query heads and rows of a whole a call has."""
+
+    batch: Extent
+    heads: Extent
+    rows: Extent
 
 
 def columns(band: Problem, k: torch.Tensor, v: torch.Tensor, col: int) -> Problem:
@@ -35,14 +51,14 @@ def columns(band: Problem, k: torch.Tensor, v: torch.Tensor, col: int) -> Proble
         The part, of views of band's operands.
 
     Raises:
-        NotImplementedError: band has a block mask, or packed sequences and a mask or bias with an axis of keys.
+        NotImplementedError: sequences are packed, and there is a block mask, or a mask or bias with an axis of keys.
     """
     mods, spec, n = band.mods, band.spec._replace(part=True), k.shape[2]
-    if mods.blocks is not None:
-        raise NotImplementedError("a block mask is not cut by keys; pass its rule as mask_mod")
     begin: int | torch.Tensor = col  # of packed sequences [batch], in each of them
     positions, q_offset, starts_k = band.positions, mods.q_offset, mods.starts_k
     if starts_k is not None:
+        if mods.blocks is not None:
+            raise NotImplementedError("block_mask of packed sequences is not cut by keys; pass its rule as mask_mod")
         for name, x in (("mask", mods.mask), ("bias", mods.bias)):
             if x is not None and x.shape[3] > 1:
                 hint = "pass mask_mod or score_mod"
@@ -64,30 +80,45 @@ def columns(band: Problem, k: torch.Tensor, v: torch.Tensor, col: int) -> Proble
         starts_k=starts_k,
         spans=None if mods.spans is None else spans_of_columns(mods.spans, col, n),
     )
-    return moved(replace(band, k=k, v=v, mods=mods, spec=spec, positions=positions), 0, 0, begin)
+    return moved(replace(band, k=k, v=v, mods=mods, spec=spec, positions=positions), (0, 0, 0, begin))
 
 
-def starting(problem: Problem, head: int = 0, row: int | torch.Tensor = 0) -> Problem:
-    """A Problem that begins at a head and a row of the whole, for whoever in it reads raw indices.
+def starting(problem: Problem, batch: int = 0, head: int = 0, row: int | torch.Tensor = 0) -> Problem:
+    """A Problem that begins somewhere in the whole, for whoever in it reads raw indices.
 
     Args:
-        problem: some heads and rows of the whole.
+        problem: some batch elements, heads and rows of the whole.
+        batch: the first of its batch elements.
         head: the first of its query heads.
         row: the first of its rows; of packed sequences [batch], any integer dtype, in each of them.
 
     Returns:
         The Problem, its operands as they were but for Mods.origin.
     """
-    return moved(problem, head, row, 0)
+    return moved(problem, (batch, head, row, 0))
 
 
-def rows_of_mod(mod: M | None, row: int, seqlen_q: int) -> M | None:
-    """A user function of a call as that of its rows from `row` on, whose indices `starting` moves.
+def within_blocks(problem: Problem, blocks: Blocks, sizes: tuple[int, int]) -> Problem:
+    """A dense Problem whose pairs a block mask of the whole hides; `starting` says where in the mask it begins.
+
+    Its tiles are not listed: each pair is looked up.
 
     Args:
-        mod: the function for all rows, or None.
-        row: the first of the rows.
-        seqlen_q: how many rows the whole has, or of packed sequences the longest.
+        problem: without a block mask.
+        blocks: those of the whole, as `flash.blocks.blocks_of` makes them.
+        sizes: queries and keys in a block.
+    """
+    mods, spec = problem.mods._replace(blocks=blocks), problem.spec._replace(blocks=sizes, hides=True)
+    origin = origin_of(mods, (0, 0, 0, 0), problem.q.device)  # there even where it is 0: lists are of the whole
+    return replace(problem, mods=mods._replace(origin=origin), spec=spec)
+
+
+def mod_of_part(mod: M | None, extents: Extents) -> M | None:
+    """A user function of a whole as that of a part of it, whose indices `starting` moves.
+
+    Args:
+        mod: the function, or None.
+        extents: what the part has of the whole; of packed sequences rows are those of the longest.
 
     Returns:
         A copy with the same functions and args, whose check and spans are asked about the whole; or None.
@@ -95,24 +126,27 @@ def rows_of_mod(mod: M | None, row: int, seqlen_q: int) -> M | None:
     if mod is None:
         return None
     check = mod.check
-    fields: dict[str, Any] = {"check": None if check is None else check_of_rows(check, seqlen_q)}
+    fields: dict[str, Any] = {"check": None if check is None else check_of_whole(check, extents)}
     if isinstance(mod, MaskMod) and mod.spans is not None:
-        fields["spans"] = spans_of_rows(mod.spans, row, seqlen_q)
+        fields["spans"] = spans_of_part(mod.spans, extents)
     return changed(mod, **fields)  # type: ignore[no-any-return]
 
 
-def check_of_rows(check: Callable[..., None], whole: int) -> Callable[..., None]:
-    """A mod's check, asked about all rows."""
-    return lambda batch, heads, seqlen_q, seqlen_k, args: check(batch, heads, whole, seqlen_k, args)
+def check_of_whole(check: Callable[..., None], extents: Extents) -> Callable[..., None]:
+    """A mod's check, asked about the whole."""
+    whole = [own.whole for own in extents]
+    return lambda batch, heads, seqlen_q, seqlen_k, args: check(*whole, seqlen_k, args)
 
 
-def spans_of_rows(spans: Callable[..., Spans], row: int, whole: int) -> Callable[..., Spans]:
-    """A MaskMod's spans for rows from `row` on, cut out of those for all rows."""
+def spans_of_part(spans: Callable[..., Spans], extents: Extents) -> Callable[..., Spans]:
+    """A MaskMod's spans for a part, cut out of those for the whole."""
+    batch, heads, rows = extents
 
     def found(seqlen_q: int, seqlen_k: int, args: Sequence[torch.Tensor]) -> Spans:
-        key_begin, key_end, query_begin, query_end = spans(whole, seqlen_k, args)
-        own = narrowed(key_begin, 2, row, seqlen_q), narrowed(key_end, 2, row, seqlen_q)
-        return Spans(*own, *shifted(query_begin, query_end, row, seqlen_q))
+        bounds = [narrowed(narrowed(x, 0, *batch[:2]), 1, *heads[:2]) for x in spans(rows.whole, seqlen_k, args)]
+        key_begin, key_end, query_begin, query_end = bounds
+        own = narrowed(key_begin, 2, *rows[:2]), narrowed(key_end, 2, *rows[:2])
+        return Spans(*own, *shifted(query_begin, query_end, *rows[:2]))
 
     return found
 
@@ -135,19 +169,19 @@ def narrowed(x: Any, axis: int, first: int, n: int) -> Any:
     return x if x is None or x.shape[axis] == 1 else x.narrow(axis, first, n)
 
 
-def moved(problem: Problem, head: int, row: int | torch.Tensor, col: int | torch.Tensor) -> Problem:
-    """A Problem whose origin lies so much further on; where nobody reads it there is none."""
-    mods, start = problem.mods, (head, row, col)
-    numbered = problem.spec.dropout_p > 0 or mods.score_mod is not None or mods.mask_mod is not None
+def moved(problem: Problem, start: Sequence[int | torch.Tensor]) -> Problem:
+    """A Problem whose origin (batch, head, row, key) lies so much further on; where nobody reads it there is none."""
+    mods = problem.mods
+    numbered = problem.spec.dropout_p > 0 or any(x is not None for x in (mods.score_mod, mods.mask_mod, mods.blocks))
     if not numbered or all(isinstance(x, int) and x == 0 for x in start):
         return problem
     return replace(problem, mods=mods._replace(origin=origin_of(mods, start, problem.q.device)))
 
 
 def origin_of(mods: Mods, start: Sequence[int | torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Mods.origin moved on by (head, row, col), int32 [1 or batch, 3]."""
+    """Mods.origin moved on, int32 [1 or batch, 4]."""
     batch = max([1, *(len(x) for x in start if isinstance(x, torch.Tensor))])
-    origin = torch.zeros(batch, 3, dtype=torch.int32, device=device)
+    origin = torch.zeros(batch, 4, dtype=torch.int32, device=device)
     for axis, first in enumerate(start):
         origin[:, axis] = first
     return origin if mods.origin is None else mods.origin + origin

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .checks import check_flag, name_of
+from .blocks import blocks_of, sizes_of
+from .checks import check_block_mask, check_flag, name_of
+from .kernels.spec import Blocks
 from .links import Links, agree
 from .problem import autocast
 from .ring_call import KEYWORDS, Call, Setting, call_of, flatten
@@ -69,11 +71,11 @@ def ring_attention(
         return_lse: also return lse. Default: False.
         **keywords: those of flash_attention, which mean what they mean there with i and j counted in the whole
             sequence: causal, window, q_offset (default: all keys minus all queries), scale, alibi_slopes, softcap,
-            sinks, dropout_p (rank 0's seed counts), score_mod, mask_mod, deterministic, backend, config. mask and bias
-            broadcast to [batch, heads, seqlen_q, keys of all ranks]: an axis of queries has this rank's ones, an axis
-            of keys those of all ranks, in the order of the sequence. With cu_seqlens_q, cu_seqlens_k, max_seqlen_q and
-            max_seqlen_k, which describe the whole, packed sequences are sharded wherever it comes: q is [seqlen_q,
-            heads, head_dim], k and v likewise, as in flash_attention_varlen.
+            sinks, dropout_p (rank 0's seed counts), score_mod, mask_mod, block_mask (of the whole; what it hides is not
+            skipped), deterministic, backend, config. mask and bias broadcast to [batch, heads, seqlen_q, keys of all
+            ranks]: an axis of queries has this rank's ones, an axis of keys those of all, in the sequence's order. With
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k, which describe the whole, packed sequences are
+            sharded wherever it comes: q is [seqlen_q, heads, head_dim], k and v likewise, as in flash_attention_varlen.
 
     Returns:
         o, of this rank's queries, as flash_attention returns it; with return_lse (o, lse). Differentiable once.
@@ -81,8 +83,8 @@ def ring_attention(
     Raises:
         ValueError: an argument is wrong, or differs between ranks; the message names it, and which ranks have what.
         TypeError: an unknown keyword, or a user function of another type.
-        NotImplementedError: block_mask (mask_mod serves), mask or bias of packed sequences (mask_mod and score_mod do),
-            or a method that does not serve the call.
+        NotImplementedError: mask, bias or block_mask of packed sequences (mask_mod and score_mod serve), or a method
+            that does not serve the call.
         RuntimeError: another rank refused its arguments, or is gone: after the group's time-out at the latest.
 
     Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers", https://arxiv.org/abs/2310.01889; Brandon et
@@ -121,8 +123,6 @@ def taken(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) ->
     for name in keywords:
         if name not in KEYWORDS:
             raise TypeError(f"ring_attention has no keyword {name!r}")
-    if keywords.get("block_mask") is not None:
-        raise NotImplementedError("block_mask is not served by ring_attention: pass its rule as mask_mod")
     q, k, v = autocast(q, k, v)
     cu_seqlens_q, cu_seqlens_k = (keywords.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k"))
     packed = any(keywords.get(name) is not None for name in PACKED)
@@ -138,7 +138,11 @@ def taken(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) ->
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     if packed:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    keywords = {name: x for name, x in keywords.items() if name != "block_mask"}
+    block_mask = keywords.pop("block_mask", None)
+    if packed and block_mask is not None:
+        raise NotImplementedError(
+            "block_mask of packed sequences is not served by ring_attention: pass its rule as mask_mod"
+        )
     for name in ("mask", "bias"):
         if isinstance(keywords.get(name), torch.Tensor):
             keywords[name] = of_four_axes(keywords[name], one_head)
@@ -150,7 +154,20 @@ def taken(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) ->
     learns = [name for name, x in wanted if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()]
     one_length = packed and cu_seqlens_q is cu_seqlens_k
     setting = setting._replace(learns=", ".join(learns), one_length=one_length)
-    return call_of(q, k, v, setting, keywords.pop("config", None), **keywords), rank
+    blocks = None
+    if block_mask is not None:
+        setting, blocks = masked(block_mask, q, setting)
+    return call_of(q, k, v, setting, keywords.pop("config", None), blocks, **keywords), rank
+
+
+def masked(block_mask: Any, q: torch.Tensor, setting: Setting) -> tuple[Setting, Blocks]:
+    """The setting of a call with a block mask of the whole, and the mask's blocks."""
+    batch, heads = ((own or (0, n, n))[2] for own, n in zip((setting.batch, setting.heads), q.shape[:2], strict=True))
+    lengths = [index(n) for n in getattr(block_mask, "seq_lengths", (0, 0))]
+    check_block_mask(block_mask, (batch, heads, *lengths), q.device)
+    size_q, size_k = sizes_of(block_mask, *lengths)
+    blocks = blocks_of(block_mask, batch, heads, *lengths)
+    return setting._replace(blocks=(index(size_q), index(size_k)), masked=(lengths[0], lengths[1])), blocks
 
 
 def of_four_axes(x: torch.Tensor, one_head: bool) -> torch.Tensor:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .checks import ConfigLike, check_config, check_window, constant, name_of
-from .kernels.spec import Config
-from .parts import rows_of_mod, starting
+from .kernels.spec import Blocks, Config
+from .parts import Extent, Extents, mod_of_part, starting, within_blocks
 from .problem import Problem, sequences
 from .shards import Band, Piece, check_lengths, needs_of, pieces_of
 from .twins import MaskMod, ScoreMod, from_handle, handle_of
@@ -42,6 +42,10 @@ class Setting(NamedTuple):
         run_check: whether ranks compare their calls and tell each other the lengths of their shards.
         learns: the names of what a gradient is asked for.
         one_length: packed queries and keys have the same cu_seqlens.
+        batch: which batch elements of a larger whole the shards have, as an Extent; None: all.
+        heads: likewise of the query heads.
+        blocks: queries and keys in a block of the block mask.
+        masked: lengths (seqlen_q, seqlen_k) that the block mask is for.
     """
 
     group: str
@@ -51,6 +55,10 @@ class Setting(NamedTuple):
     run_check: bool
     learns: str = ""
     one_length: bool = False
+    batch: tuple[int, int, int] | None = None
+    heads: tuple[int, int, int] | None = None
+    blocks: tuple[int, int] | None = None
+    masked: tuple[int, int] = (0, 0)
 
 
 class Layout(NamedTuple):
@@ -76,11 +84,31 @@ class Call(NamedTuple):
     mods: dict[str, ScoreMod | MaskMod]
     config: dict[str, Config]
     setting: Setting
+    blocks: Blocks | None = None  # of the whole
 
     @property
     def packed(self) -> bool:
         """Whether sequences lie one after the other."""
         return "cu_seqlens_q" in self.tensors
+
+    def extents(self, rows: Extent, heads: slice | None = None) -> Extents:
+        """Where rows, of all heads or some, lie in the whole; of packed sequences rows are those of the longest."""
+        batch, all_heads = self.q.shape[:2]
+        if self.packed:
+            batch, longest = self.tensors["cu_seqlens_q"].shape[0] - 1, self.plain["max_seqlen_q"]
+            rows = Extent(0, longest, longest)
+        first, _, whole = self.setting.heads or (0, all_heads, all_heads)
+        own = heads or slice(0, all_heads)
+        of_batch = Extent(*(self.setting.batch or (0, batch, batch)))
+        return Extents(of_batch, Extent(first + own.start, own.stop - own.start, whole), rows)
+
+    def placed(self, problem: Problem, row: int | torch.Tensor, extents: Extents) -> Problem:
+        """A Problem of some rows and heads, told where it lies in the whole, its block mask and the seed."""
+        if self.blocks is not None:
+            assert self.setting.blocks is not None
+            problem = within_blocks(problem, self.blocks, self.setting.blocks)
+        problem = starting(problem, extents.batch.start, extents.heads.start, row)
+        return replace(problem, mods=problem.mods._replace(seed=self.tensors.get("seed")))
 
     def check(self) -> None:
         """Raise where this rank's arguments are wrong, whatever the others have; masks and user functions in part."""
@@ -113,6 +141,8 @@ class Call(NamedTuple):
             rows = name in ("mask", "bias") and x.shape[2] > 1
             shape = [str(n) if axis != 2 or not rows else "seqlen_q" for axis, n in enumerate(x.shape)]
             found[name] = f"{name_of(x.dtype)} of shape [{', '.join(shape)}]"
+        if self.blocks is not None:
+            found["block_mask"] = f"of blocks {self.setting.blocks} for {self.setting.masked}"
         for name, mod in self.mods.items():
             args = ", ".join(f"{name_of(x.dtype)} {list(x.shape)}" for x in mod.args)
             found[name] = f"{handle_of(mod).partition(':')[0]}({args})"
@@ -124,9 +154,15 @@ class Call(NamedTuple):
         for name, lengths in (("q", lengths_q), ("k", lengths_k)):
             check_lengths(name, lengths, sharding)
         queries, keys = pieces_of(lengths_q, sharding), pieces_of(lengths_k, sharding)
-        band = self.band(sum(lengths_q), sum(lengths_k))
+        totals = sum(lengths_q), sum(lengths_k)
+        if self.blocks is not None and self.setting.masked != totals:
+            raise ValueError(
+                f"block_mask must be made for (seqlen_q, seqlen_k) = {totals}, those of all ranks, got "
+                f"{self.setting.masked}"
+            )
+        band = self.band(*totals)
         needs = needs_of(queries, keys, band)
-        return Layout(queries, keys, list(lengths_k), sum(lengths_q), sum(lengths_k), band, needs)
+        return Layout(queries, keys, list(lengths_k), *totals, band, needs)
 
     def band(self, total_q: int, total_k: int) -> Band | None:
         """What positions say of visibility."""
@@ -148,6 +184,7 @@ class Call(NamedTuple):
     def problem(self, piece: Piece, layout: Layout) -> Problem:
         """This rank's rows of a piece, and stand-ins for all keys; sinks are left out."""
         rows, row = piece.local, piece.start
+        extents = self.extents(Extent(row, piece.stop - row, layout.total_q))
         q = self.q[:, :, rows]
         k, v = (x.new_empty(()).expand(*x.shape[:2], layout.total_k, x.shape[3]) for x in (self.k, self.v))
         given: dict[str, Any] = {name: x for name, x in self.tensors.items() if name not in ("sinks", "seed")}
@@ -155,37 +192,34 @@ class Call(NamedTuple):
             if name in given and given[name].shape[2] > 1:
                 given[name] = given[name][:, :, rows]
         for name, mod in self.mods.items():
-            given[name] = mod if self.packed else rows_of_mod(mod, row, layout.total_q)
+            given[name] = mod_of_part(mod, extents)
         plain = self.plain | {"deterministic": self.plain.get("deterministic", False)}
         if self.packed:
-            problem = self.packed_problem(q, k, v, row, layout, plain, given)
+            return self.placed(*self.packed_problem(q, k, v, row, layout, plain | given), extents)
+        if "q_offset" in given:
+            given["q_offset"] = given["q_offset"].long() + row
         else:
-            if "q_offset" in given:
-                given["q_offset"] = given["q_offset"].long() + row
-            else:
-                offset = plain.get("q_offset")
-                plain["q_offset"] = (layout.total_k - layout.total_q if offset is None else offset) + row
-            problem = problem_of(q, k, v, **plain, **given, config=self.config or None)
-            problem = starting(problem, row=row)
-        return replace(problem, mods=problem.mods._replace(seed=self.tensors.get("seed")))
+            offset = plain.get("q_offset")
+            plain["q_offset"] = (layout.total_k - layout.total_q if offset is None else offset) + row
+        return self.placed(problem_of(q, k, v, **plain, **given, config=self.config or None), row, extents)
 
     def packed_problem(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: int, layout: Layout, plain: dict[str, Any],
-        given: dict[str, Any],
-    ) -> Problem:  # fmt: skip
-        """`problem`, of rows that begin somewhere among packed sequences."""
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: int, layout: Layout, given: dict[str, Any]
+    ) -> tuple[Problem, torch.Tensor]:
+        """The Problem of rows that begin somewhere among packed sequences, and at which row of each sequence."""
         cu_seqlens_q, cu_seqlens_k = given.pop("cu_seqlens_q"), given.pop("cu_seqlens_k")
         starts_q, starts_k, bad = sequences(cu_seqlens_q, cu_seqlens_k, layout.total_q, layout.total_k)
         lengths_q = starts_q.diff()
-        offset = given.pop("q_offset", plain.pop("q_offset", None))
+        offset = given.pop("q_offset", None)
         offset = starts_k.diff() - lengths_q if offset is None else offset
         passed = torch.minimum((row - starts_q[:-1]).clamp(min=0), lengths_q)  # rows of each sequence before this piece
-        problem = problem_of(
-            q, k, v, **plain, **given, q_offset=(passed + offset).to(torch.int32),
-            cu_seqlens_q=(starts_q - row).clamp(0, q.shape[2]).to(torch.int32), cu_seqlens_k=starts_k.to(torch.int32),
-            config=self.config or None,
-        )  # fmt: skip
-        return starting(replace(problem, mods=problem.mods._replace(bad=bad)), row=passed)
+        given |= {
+            "q_offset": (passed + offset).to(torch.int32),
+            "cu_seqlens_q": (starts_q - row).clamp(0, q.shape[2]).to(torch.int32),
+            "cu_seqlens_k": starts_k.to(torch.int32),
+        }
+        problem = problem_of(q, k, v, **given, config=self.config or None)
+        return replace(problem, mods=problem.mods._replace(bad=bad)), passed
 
 
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Problem:
@@ -196,8 +230,9 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: An
 
 
 def call_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting, config: ConfigLike, **keywords: Any
-) -> Call:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting, config: ConfigLike, blocks: Blocks | None,
+    **keywords: Any,
+) -> Call:  # fmt: skip
     """The Call of the arguments that ring_attention was given, shards [batch, heads, seqlen, head_dim]."""
     given = {name: x for name, x in keywords.items() if x is not None}
     tensors = {name: given.pop(name) for name in OPERANDS if isinstance(given.get(name), torch.Tensor)}
@@ -207,7 +242,7 @@ def call_of(
             raise TypeError(f"{name} must be a flash.mods.{MODS[name].__name__}, got {type(mod).__name__}")
     configs = zip(("forward", "dkdv", "dq"), check_config(config, given.get("backend", "auto")), strict=True)
     plain = {name: settled(x) for name, x in given.items()}
-    return Call(q, k, v, tensors, plain, mods, {name: x for name, x in configs if x is not None}, setting)
+    return Call(q, k, v, tensors, plain, mods, {name: x for name, x in configs if x is not None}, setting, blocks)
 
 
 def settled(value: Any) -> Any:
@@ -222,6 +257,7 @@ def settled(value: Any) -> Any:
 def flatten(call: Call) -> tuple[list[torch.Tensor | None], str]:
     """What crosses an op beside q, k and v: tensors, and text."""
     tensors: list[torch.Tensor | None] = [call.tensors.get(name) for name in OPERANDS]
+    tensors += () if call.blocks is None else call.blocks
     mods = []
     for name, mod in call.mods.items():
         tensors += mod.args
@@ -244,5 +280,6 @@ def unflatten(
     plain, mods, config, setting = read(text)
     named = {name: x for name, x in zip(OPERANDS, tensors, strict=False) if x is not None}
     left = iter(tensors[len(OPERANDS) :])
+    blocks = None if setting.blocks is None else Blocks(*(next(left) for _ in Blocks._fields))
     found = {name: from_handle(handle, tuple(next(left) for _ in range(count))) for name, handle, count in mods}  # type: ignore[misc]
-    return Call(q, k, v, named, dict(plain), found, config, setting)
+    return Call(q, k, v, named, dict(plain), found, config, setting, blocks)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash.kernels.spec import accumulator_dtype
 from flash.philox import kept
-from flash.tiling import Call, Tile, operand, part_of_blocks
+from flash.tiling import Call, Tile, operand, origin_of, part_of_blocks
 
 
 class Score(NamedTuple):
@@ -65,19 +65,10 @@ def distances(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor:
 def coordinates(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int64 b, h, i, j that broadcast to [heads, rows, cols], as user functions and dropout know them."""
     device = call.q.device
-    b = torch.full((1, 1, 1), tile.b + call.origin.b, device=device)
+    first, head, row, col = origin_of(call, tile.b)
+    b = torch.full((1, 1, 1), tile.b + call.origin.b + first, device=device)
     h = torch.arange(*tile.heads.indices(tile.heads.stop), device=device)[:, None, None]
-    head, row, col = origin_of(call, tile.b)
     return b, h + head, tile.queries(device).unsqueeze(0) + row, tile.keys(device)[None, None] + col
-
-
-def origin_of(call: Call, b: int) -> tuple[int, int, int]:
-    """The head, query and key of the whole call that this one begins at in batch element b."""
-    origin = call.mods.origin
-    if origin is None:
-        return 0, 0, 0
-    head, row, col = origin[b if origin.shape[0] > 1 else 0].tolist()
-    return head, row, col
 
 
 def modified(call: Call, tile: Tile, z: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -163,9 +154,9 @@ def block_mask(call: Call, tile: Tile) -> Tensor:
     """What a block-sparse mask leaves visible, [heads or 1, rows, cols]."""
     assert call.spec.blocks is not None and tile.key_blocks is not None
     size_q, size_k = call.spec.blocks
-    row, col, device = call.origin.row, call.origin.col, call.q.device
-    state = part_of_blocks(call.mods.blocks, tile.b)
-    state = state[tile.heads] if state.shape[0] > 1 else state
+    state, head, row, col = part_of_blocks(call, tile.b)
+    heads, device = slice(tile.heads.start + head, tile.heads.stop + head, tile.heads.step), call.q.device
+    state = state[heads] if state.shape[0] > 1 else state
     at = torch.arange(tile.rows.start, tile.rows.stop, device=device) + row
     state = state[:, at // size_q][..., tile.key_blocks]  # [heads or 1, rows, key blocks]
     blocks: Any = call.mods.blocks
@@ -187,9 +178,8 @@ def dropped(call: Call, tile: Tile) -> Tensor | None:
     """1 where dropout keeps the weight and 0 where not, [heads, rows, cols]; None without dropout."""
     if call.spec.dropout_p == 0.0:
         return None
-    _, h, i, j = coordinates(call, tile)
-    b = tile.b + call.origin.b
-    return kept(int(call.mods.seed), call.spec.dropout_p, b, h, i, j, accumulator_dtype(call.q))
+    b, h, i, j = coordinates(call, tile)
+    return kept(int(call.mods.seed), call.spec.dropout_p, int(b), h, i, j, accumulator_dtype(call.q))
 
 
 def matmul(weights: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash.kernels.spec import Blocks, Mods, Positions, Spans, Spec, accumulator_dtype
+from flash.kernels.spec import Mods, Positions, Spans, Spec, accumulator_dtype
 
 TILE_BYTES = 8 * 2**20  # of one temporary; a handful of this size is all the memory beside the results
 NARROW_ROWS = 128  # of a tile where rows far apart see other keys: more rows share a load, fewer visit less in vain
@@ -154,8 +154,7 @@ def keys_of(call: Call, b: int, rows: slice, offset: int) -> tuple[Any, Tensor |
     if call.spec.blocks is None or begin == end:
         return slice(begin, end), None
     size_q, size_k = call.spec.blocks
-    row, col = call.origin.row, call.origin.col
-    state = part_of_blocks(call.mods.blocks, b)
+    state, _, row, col = part_of_blocks(call, b)
     seen = state[:, (rows.start + row) // size_q : (rows.stop - 1 + row) // size_q + 1] != -1
     first, last = (begin + col) // size_k, (end - 1 + col) // size_k
     key_blocks = seen[..., first : last + 1].flatten(0, 1).any(0).nonzero().squeeze(1) + first
@@ -167,11 +166,21 @@ def keys_of(call: Call, b: int, rows: slice, offset: int) -> tuple[Any, Tensor |
     return (slice(begin, end) if end - begin == len(keys) else keys), key_blocks
 
 
-def part_of_blocks(blocks: Blocks | None, b: int) -> Tensor:
-    """The state of one sequence's blocks, [heads or 1, query blocks, key blocks]."""
-    assert blocks is not None
-    state: Tensor = blocks.state
-    return state[b if state.shape[0] > 1 else 0]
+def part_of_blocks(call: Call, b: int) -> tuple[Tensor, int, int, int]:
+    """The state of one sequence's blocks, [heads or 1, query blocks, key blocks], and the head, row and key of them
+    that its own first ones are."""
+    assert call.mods.blocks is not None
+    state: Tensor = call.mods.blocks.state
+    first, head, row, col = origin_of(call, b)
+    return state[b + first if state.shape[0] > 1 else 0], head, call.origin.row + row, call.origin.col + col
+
+
+def origin_of(call: Call, b: int) -> tuple[int, int, int, int]:
+    """The batch element, head, query and key of the whole call that this one begins at in batch element b."""
+    origin = call.mods.origin
+    if origin is None:
+        return 0, 0, 0, 0
+    return tuple(origin[b if origin.shape[0] > 1 else 0].tolist())
 
 
 def sequences(call: Call) -> Iterator[tuple[Call, slice, slice, bool]]:

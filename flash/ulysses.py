@@ -5,7 +5,6 @@ Each rank gets all rows of some heads, attends to the whole sequence as if it we
 backward pass fetches its operands once more, so that what is kept between the passes is the shards alone.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from . import dispatch
 from .kernels.spec import Gradients, accumulator_dtype, dense_like
 from .links import Links
-from .parts import starting
+from .parts import Extent, mod_of_part
 from .problem import Problem
 from .ring_call import DIFFERENTIABLE, Call, Layout, problem_of
 from .ring_methods import Output
@@ -84,9 +83,10 @@ def problem(links: Links, call: Call, layout: Layout) -> Problem:
     k, v = (to_heads(links, x, of_k, layout.keys) for x in (call.k, call.v))
     given = {name: x for name, x in call.tensors.items() if name != "seed"}
     given |= {name: operand_of(name, x, own.q) for name, x in given.items() if name in ("mask", *DIFFERENTIABLE)}
-    found = problem_of(q, k, v, **call.plain, **given, **call.mods, config=call.config or None)
-    found = starting(found, head=own.q.start)
-    return replace(found, mods=found.mods._replace(seed=call.tensors.get("seed")))
+    extents = call.extents(Extent(0, layout.total_q, layout.total_q), own.q)
+    mods = {name: mod_of_part(mod, extents) for name, mod in call.mods.items()}
+    found = problem_of(q, k, v, **call.plain, **given, **mods, config=call.config or None)
+    return call.placed(found, 0, extents)
 
 
 def operand_of(name: str, x: Tensor, heads: slice) -> Tensor:

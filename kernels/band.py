@@ -1,7 +1,8 @@
 """Which tiles a program visits: those in which some query sees some key, and among them those that all see whole.
 
 Visible pairs lie within a band of tiles: those that every query sees whole (`full`) run without a mask, those at its
-edges (`partial`) with one, and tiles outside are never loaded. A block mask lists its tiles instead.
+edges (`partial`) with one, and tiles outside are never loaded. A block mask lists its tiles instead, save for packed
+sequences and parts of a call, which begin anywhere in a block.
 
     band     (begin, full_begin, full_end, end)      tiles [begin, end), whose middle is full
     listed   (whole, part, list, end)                the blocks of `list`, whole ones first
@@ -19,7 +20,7 @@ from . import tile
 def of_keys(row, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of keys that queries row ... row + BLOCK_M - 1 see."""
     begin, end = bounds_of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
-    if spec.blocks is not None and mods.tiles is None:
+    if spec.blocks is not None and mods.tiles is None and mods.origin is None:
         lists, counts = mods.keys, mods.key_counts
         return listed(lists, counts, b, h, row // spec.blocks[0], end)
     else:
@@ -70,7 +71,7 @@ def of_queries(col, b, h, offset, mods, sizes, spec: tl.constexpr, BLOCK_M: tl.c
         lowest, highest = span(mods.query_begin, mods.query_end, b, h, col, sizes.seqlen_k, end, BLOCK_N)
         first, end = tl.maximum(first, lowest), tl.minimum(end, highest)
     begin, end = whole_tiles(first, end, BLOCK_M)
-    if spec.blocks is not None and mods.tiles is None:
+    if spec.blocks is not None and mods.tiles is None and mods.origin is None:
         lists, counts = mods.queries, mods.query_counts
         return listed(lists, counts, b, h, col // spec.blocks[1], end)
     else:
@@ -121,7 +122,7 @@ def band(begin, full_begin, full_end, end, spec: tl.constexpr):
 @triton.jit
 def tiles(run, mods, spec: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
     """How many full or partial tiles of BLOCK rows a run has; SIZE is the axis of Spec.blocks."""
-    if spec.blocks is not None and mods.tiles is None:
+    if spec.blocks is not None and mods.tiles is None and mods.origin is None:
         whole, part, _, _ = run
         RATIO: tl.constexpr = spec.blocks[SIZE] // BLOCK
         if PARTIAL:
@@ -139,7 +140,7 @@ def tiles(run, mods, spec: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit
 def start(run, t, mods, spec: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
     """Where the t-th full or partial tile starts; in a band, partial ones before the full ones come first."""
-    if spec.blocks is not None and mods.tiles is None:
+    if spec.blocks is not None and mods.tiles is None and mods.origin is None:
         whole, _, list, _ = run
         RATIO: tl.constexpr = spec.blocks[SIZE] // BLOCK
         skipped = whole if PARTIAL and not spec.hides else 0

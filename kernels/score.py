@@ -36,8 +36,8 @@ def score(qk, at, mods, sizes, scale, spec: tl.constexpr):
     else:
         s = added(capped(qk * tl.cast(scale, qk.dtype), spec), at, mods, sizes, spec)
         if mods.score_fn is not None:
-            h, i, j = indices(at, mods, sizes)
-            s = mods.score_fn(s, at.b, h, i, j, mods.score_args).to(qk.dtype)
+            b, h, i, j = indices(at, mods, sizes)
+            s = mods.score_fn(s, b, h, i, j, mods.score_args).to(qk.dtype)
         return s
 
 
@@ -74,9 +74,9 @@ def factors(qk, at, mods, sizes, scale, spec: tl.constexpr):
     ds_dz, dz_dx = 1.0, 1.0
     x = qk * tl.cast(scale, qk.dtype)
     if mods.score_fn is not None:
-        h, i, j = indices(at, mods, sizes)
+        b, h, i, j = indices(at, mods, sizes)
         z = added(capped(x, spec), at, mods, sizes, spec)
-        ds_dz = mods.score_derivative(z, at.b, h, i, j, mods.score_args).to(qk.dtype)
+        ds_dz = mods.score_derivative(z, b, h, i, j, mods.score_args).to(qk.dtype)
     if spec.softcap is not None:
         ratio = tanh(x * (1 / spec.softcap))
         dz_dx = 1.0 - ratio * ratio
@@ -130,19 +130,20 @@ def tanh(x):
 
 @triton.jit
 def indices(at, mods, sizes):
-    """h, i and j as user functions get them, who index tensors with them: i and j within their sequence."""
+    """b, h, i and j as user functions get them, who index tensors with them: i and j within their sequence."""
     return numbered(at, tl.minimum(at.i, sizes.seqlen_q - 1), tl.minimum(at.j, sizes.seqlen_k - 1), mods)
 
 
 @triton.jit
 def numbered(at, i, j, mods):
-    """(h, i, j) as the whole call numbers them, of which this one may be a part."""
+    """(b, h, i, j) as the whole call numbers them, of which this one may be a part."""
     if mods.origin is None:
-        return at.h, i, j
+        return at.b, at.h, i, j
     else:
         x = mods.origin
         base = tile.origin(x, at.b, at.h)
-        return at.h + tl.load(base), i + tl.load(base + x.stride_d), j + tl.load(base + 2 * x.stride_d)
+        b, h = at.b + tl.load(base), at.h + tl.load(base + x.stride_d)
+        return b, h, i + tl.load(base + 2 * x.stride_d), j + tl.load(base + 3 * x.stride_d)
 
 
 @triton.jit
@@ -175,8 +176,8 @@ def visible(at, mods, sizes, spec: tl.constexpr):
     if mods.bias is not None:
         keep &= not_lowest(element(mods.bias, at, sizes, spec.bias_rows, spec.bias_cols))
     if mods.mask_fn is not None:
-        h, i, j = indices(at, mods, sizes)
-        keep &= mods.mask_fn(at.b, h, i, j, mods.mask_args) != 0
+        b, h, i, j = indices(at, mods, sizes)
+        keep &= mods.mask_fn(b, h, i, j, mods.mask_args) != 0
     if spec.blocks is not None:
         keep &= in_blocks(at, mods, keep, spec)
     return keep
@@ -201,8 +202,8 @@ def in_blocks(at, mods, keep, spec: tl.constexpr):
     QUERIES: tl.constexpr = spec.blocks[0]
     KEYS: tl.constexpr = spec.blocks[1]
     WORDS: tl.constexpr = (KEYS + 31) // 32
-    i, j = at.q0 + at.i, at.k0 + at.j
-    base = tile.origin(mods.state, at.b, at.h)
+    b, h, i, j = numbered(at, at.q0 + at.i, at.k0 + at.j, mods)
+    base = tile.origin(mods.state, b, h)
     state = tl.load(base + (i // QUERIES) * mods.state.stride_s + j // KEYS, mask=keep, other=-1)
     word = (state.to(tl.int64) * QUERIES + i % QUERIES) * WORDS + j % KEYS // 32
     bits = tl.load(mods.bits + word, mask=keep & (state >= 0), other=0)

@@ -74,8 +74,8 @@ def totals(m, l, natural, mods, b, h):
 def thinned(x, at, mods, spec: tl.constexpr):
     """x with some elements 0 and the others scaled up: drawn by Philox4x32-10 (Salmon et al. 2011), not by the tile."""
     if spec.dropout_p > 0.0:
-        h, i, j = numbered(at, at.i, at.j, mods)
-        drawn, _, _, _ = tl.philox(tl.load(mods.seed), j, i, h, at.b)
+        b, h, i, j = numbered(at, at.i, at.j, mods)
+        drawn, _, _, _ = tl.philox(tl.load(mods.seed), j, i, h, b)
         return tl.where(drawn >= spec.threshold, x * (1.0 / (1.0 - spec.dropout_p)), 0.0)
     else:
         return x

@@ -162,7 +162,7 @@ class Mods(NamedTuple):
     starts_q: Any = None  # int32 [batch + 1], where packed sequences start; never decreasing, within 0 and total_q
     starts_k: Any = None  # likewise, for keys
     bad: Any = None  # bool [batch], the sequences whose lengths were hostile: their rows are NaN
-    origin: Any = None  # int32 [batch or 1, 3], the head, query and key of the whole call that a part of it begins at
+    origin: Any = None  # int32 [batch or 1, 4]: batch element, head, query and key of the whole that a part begins at
     blocks: Blocks | None = None
     spans: Spans | None = None
     score_mod: Any = None  # flash.mods.ScoreMod

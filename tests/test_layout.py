@@ -152,7 +152,16 @@ ARROWS = {
         "flash.ring_methods",
         "flash.ulysses",
     ),
-    "flash.ring": ("flash.checks", "flash.problem", "flash.shards", "flash.links", "flash.ring_call", "flash.ring_ops"),
+    "flash.ring": (
+        "flash.kernels.spec",
+        "flash.blocks",
+        "flash.checks",
+        "flash.problem",
+        "flash.shards",
+        "flash.links",
+        "flash.ring_call",
+        "flash.ring_ops",
+    ),
     # what attention_weights shows is the torch backend's own score
     "flash.weights": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.tiling", "flash.scoring"),
     "flash.footprint": (),

@@ -1,5 +1,6 @@
 """Parts of a call come together to what the whole gives, whatever it asks for and wherever it is cut."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,21 +9,23 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import create_block_mask
 
 from flash import dispatch, mods, ops
 from flash.kernels.spec import Config, Gradients, Mods, Spans, Spec
 from flash.merge import merge
-from flash.parts import columns, rows_of_mod, starting
+from flash.parts import Extent, Extents, columns, mod_of_part, starting, within_blocks
 from flash.problem import Problem
 from flash.twins import MaskMod
 from tests.bounds import Inputs, Outputs, check
 from tests.calls import Place, random_inputs
-from tests.features import bent_derivative, bent_score, bent_twin, sieve, sieve_twin
+from tests.features import Sizes, bent_derivative, bent_score, bent_twin, make_block_mask, sieve, sieve_twin
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
 TILES = {"forward": Config(16, 16, 4, 1), "dkdv": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1)}
 BATCH, HEADS, HEADS_K, SEQLEN_Q, SEQLEN_K = 2, 2, 1, 21, 27
 TOTAL_Q, TOTAL_K = 22, 30  # packed
+SIZES = Sizes(BATCH, HEADS, HEADS_K, SEQLEN_Q, SEQLEN_K)
 Options = dict[str, Any]
 Piece = tuple[int, int]  # the first, and how many
 
@@ -68,6 +71,8 @@ CASES: dict[str, Callable[[Place], Options]] = {
     "documents": lambda place: {"mask_mod": mods.document(place(ids(SEQLEN_Q)), place(ids(SEQLEN_K)))},
     "prefix": lambda place: {"mask_mod": mods.prefix_lm(place(torch.tensor([5, 19])))},
     "dilated": lambda place: {"mask_mod": mods.dilated_window(4, 3, device=place(torch.zeros(1)).device)},
+    "block_mask": lambda place: make_block_mask(place, SIZES, torch.float64),
+    "block_mask causal": lambda place: {**make_block_mask(place, SIZES, torch.float64), "causal": True},
     "everything": lambda place: {
         **bent(place), **sieved(place), "dropout_p": 0.3, "softcap": 2.0, "window": (12, 9),
         "bias": place(half_hidden(1, HEADS, SEQLEN_Q, SEQLEN_K)), "alibi_slopes": place(torch.rand(HEADS).double()),
@@ -87,6 +92,7 @@ class Pieces(NamedTuple):
     rows: list[Piece]
     cols: list[Piece]
     heads_k: list[Piece] = [(0, HEADS_K)]
+    batch: list[Piece] = [(0, BATCH)]
 
 
 def cuts(length: int, count: int) -> list[Piece]:
@@ -108,12 +114,15 @@ def whole_of(x: Inputs, backend: str) -> Problem:
     return replace(problem, mods=problem.mods._replace(seed=torch.tensor([2**40 + 7], device=x.q.device)))
 
 
-def band_of(whole: Problem, x: Inputs, rows: Piece, heads_k: Piece) -> Problem:
-    """Some rows and heads of the whole call against all keys, which it does not hold."""
+def band_of(whole: Problem, x: Inputs, rows: Piece, heads_k: Piece, batch: Piece = (0, BATCH)) -> Problem:
+    """Some rows, heads and batch elements of the whole call against all keys, which it does not hold."""
     group = whole.q.shape[1] // whole.k.shape[1]
     heads = heads_k[0] * group, heads_k[1] * group
-    stand_ins = [t.new_empty(()).expand(t.shape[0], heads_k[1], *t.shape[2:]) for t in (whole.k, whole.v)]
     options = dict(x.options)
+    block_mask = options.pop("block_mask", None)
+    batch = (0, min(batch[1], len(whole.q))) if batch == (0, BATCH) else batch
+    own_batch = 1 if "cu_seqlens_q" in options else batch[1]
+    stand_ins = [t.new_empty(()).expand(own_batch, heads_k[1], *t.shape[2:]) for t in (whole.k, whole.v)]
     packed = "cu_seqlens_q" in options
     row: Any = rows[0]
     offset: Any = whole.positions.q_offset
@@ -122,18 +131,27 @@ def band_of(whole: Problem, x: Inputs, rows: Piece, heads_k: Piece) -> Problem:
         row = torch.minimum((rows[0] - starts[:-1]).clamp(min=0), starts.diff())
         options |= {"cu_seqlens_q": (starts - rows[0]).clamp(0, rows[1]), "cu_seqlens_k": whole.mods.starts_k}
     offset = offset + row if whole.mods.q_offset is None else whole.mods.q_offset + row
+    if isinstance(offset, torch.Tensor) and not packed:
+        offset = offset[batch[0] : sum(batch)]
     for name in ("mask", "bias"):
         if name in options:
-            options[name] = within(within(options[name], 2, rows), 1, heads)
+            options[name] = within(within(within(options[name], 2, rows), 1, heads), 0, batch)
+    if options.get("alibi_slopes") is not None and options["alibi_slopes"].dim() == 2 and not packed:
+        options["alibi_slopes"] = options["alibi_slopes"][batch[0] : sum(batch)]
     for name in ("score_mod", "mask_mod"):
-        if name in options:
-            options[name] = rows_of_mod(options[name], rows[0], whole.q.shape[2])
+        if name in options and not packed:
+            extents = zip((batch, heads, rows), whole.q.shape[:3], strict=True)
+            options[name] = mod_of_part(options[name], Extents(*(Extent(*own, size) for own, size in extents)))
     q = whole.q[:, heads[0] : sum(heads), rows[0] : sum(rows)]
+    q = q if packed else q[batch[0] : sum(batch)]
     inputs = [t[0].transpose(0, 1) for t in (q, *stand_ins)] if packed else [q, *stand_ins]
     own = options | {"q_offset": offset, "backend": whole.backend, "config": {n: c for n, c in TILES.items()}}
     band = Problem.of(*inputs, **own if whole.backend != "torch" else own | {"config": None})
     band = replace(band, mods=band.mods._replace(seed=whole.mods.seed, bad=whole.mods.bad))
-    return starting(band, head=heads[0], row=row)
+    if block_mask is not None:
+        assert whole.mods.blocks is not None and whole.spec.blocks is not None
+        band = within_blocks(band, whole.mods.blocks, whole.spec.blocks)
+    return starting(band, 0 if packed else batch[0], heads[0], row)
 
 
 def gradients(problem: Problem, do: Any, dlse: Any, o: Any, lse: Any) -> Gradients:
@@ -147,14 +165,15 @@ def together(whole: Problem, x: Inputs, pieces: Pieces, do: torch.Tensor, dlse: 
     group = whole.q.shape[1] // whole.k.shape[1]
     o, lse = torch.zeros_like(do), torch.full(do.shape[:3], float("-inf"), dtype=torch.float64, device=do.device)
     sums = [None if t is None else torch.zeros_like(t) for t in (whole.q, whole.k, whole.v, *whole.mods[2:4])]
-    for heads_k in pieces.heads_k:
-        heads = slice(heads_k[0] * group, sum(heads_k) * group)
+    batches = pieces.batch if whole.mods.bad is None else [(0, 1)]
+    for heads_k, batch in itertools.product(pieces.heads_k, batches):
+        heads, these = slice(heads_k[0] * group, sum(heads_k) * group), slice(batch[0], sum(batch))
         for rows in pieces.rows:
-            band = band_of(whole, x, rows, heads_k)
-            at = (slice(None), heads, slice(rows[0], sum(rows)))
+            band = band_of(whole, x, rows, heads_k, batch)
+            at = (these, heads, slice(rows[0], sum(rows)))
             parts = []
             for col, n in pieces.cols:
-                keys = (slice(None), slice(heads_k[0], sum(heads_k)), slice(col, col + n))
+                keys = (these, slice(heads_k[0], sum(heads_k)), slice(col, col + n))
                 parts.append((columns(band, whole.k[keys], whole.v[keys], col), keys))
             for part, _ in parts:
                 o_part, lse_part = dispatch.forward(part)
@@ -167,10 +186,11 @@ def together(whole: Problem, x: Inputs, pieces: Pieces, do: torch.Tensor, dlse: 
                 found = gradients(part, do[at], None if dlse is None else dlse[at], o[at], lse[at].contiguous())
                 piece = (at[1].start, at[1].stop - at[1].start), rows, (keys[2].start, keys[2].stop - keys[2].start)
                 places = [t if t is None else t[where] for t, where in zip(sums[:3], (at, keys, keys), strict=True)]
-                bias = sums[3]
+                bias = within(sums[3], 0, batch)
                 for axis, own in enumerate(piece, 1):
                     bias = within(bias, axis, own)
                 slopes = sums[4] if sums[4] is None else sums[4][:, heads]
+                slopes = slopes if whole.mods.bad is not None else within(slopes, 0, batch)
                 for total, term in zip((*places, bias, slopes), found, strict=False):
                     if total is not None:
                         assert term is not None
@@ -226,10 +246,28 @@ def test_wherever_they_are_cut(place: Place, name: str, draw: int) -> None:
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["dropout", "score_mod", "mask_mod"])
+@pytest.mark.parametrize("name", ["dropout", "score_mod", "mask_mod", "blocks of each head"])
 def test_some_heads_are_a_part_too(place: Place, name: str, backend: str) -> None:
-    x = dense(place, 2, **CASES[name](place))
+    x = dense(place, 2, **CASES[name](place) if name in CASES else blocks_of_each(place))
     compare(x, backend, Pieces([(0, 9), (9, 12)], [(0, SEQLEN_K)], [(0, 1), (1, 1)]))
+
+
+def blocks_of_each(place: Place) -> dict[str, Any]:
+    """A block mask that heads and batch elements do not share."""
+
+    def rule(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (j // 16 <= i // 16) & ((i + h + 3 * b + j) % 4 != 0)
+
+    device = str(place(torch.zeros(1)).device)
+    return {"block_mask": create_block_mask(rule, BATCH, 4, SEQLEN_Q, SEQLEN_K, device=device, BLOCK_SIZE=16)}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["positions of each", "dropout", "score_mod", "documents", "padding", "everything"])
+def test_some_of_the_batch_is_a_part_too(place: Place, name: str, backend: str) -> None:
+    x = dense(place, **CASES[name](place))
+    compare(x, backend, Pieces([(0, 9), (9, 12)], [(0, 11), (11, 16)], batch=[(0, 1), (1, 1)]))
 
 
 def packed(place: Place, bad: bool = False, **options: Any) -> Inputs:
@@ -332,21 +370,28 @@ def test_spans_that_are_wide_stay_within_32_bits() -> None:
         lows, highs = (torch.full((1, 1, 1), x, dtype=torch.int32) for x in (-far, far))
         return Spans(lows, highs, lows, highs)
 
-    mod = rows_of_mod(MaskMod(sieve, sieve_twin, (torch.tensor([2], dtype=torch.int32),), spans), 5, SEQLEN_Q)
+    rule = MaskMod(sieve, sieve_twin, (torch.tensor([2], dtype=torch.int32),), spans)
+    mod = mod_of_part(rule, Extents(Extent(0, 1, 1), Extent(0, 1, 1), Extent(5, 9, SEQLEN_Q)))
     q, k = torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, SEQLEN_K, 8)
     part = columns(Problem.of(q, k, k, mask_mod=mod), k[:, :, :7], k[:, :, :7], 3)
     assert [int(x) for x in part.mods.spans] == [0, 7, 0, 9]  # type: ignore[union-attr]
 
 
-def test_a_mod_of_rows_is_asked_about_the_whole() -> None:
-    table = mods.document(torch.zeros(30, dtype=torch.int32))
+def test_a_mod_of_a_part_is_asked_about_the_whole() -> None:
+    table = mods.document(torch.zeros(3, 30, dtype=torch.int32))
     q, k = torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 30, 8)
-    assert rows_of_mod(None, 3, 40) is None
-    own = rows_of_mod(table, 21, 30)
+
+    def of(batch: int, rows: int) -> Extents:
+        return Extents(Extent(1, 1, batch), Extent(0, 1, 1), Extent(21, 9, rows))
+
+    assert mod_of_part(None, of(3, 40)) is None
+    own = mod_of_part(table, of(3, 30))
     assert isinstance(own, MaskMod) and own.handle == table.handle and own.args == table.args
-    Problem.of(q, k, k, mask_mod=own)
-    with pytest.raises(ValueError, match="must reach all 31 of seqlen_q, got 30"):
-        Problem.of(q, k, k, mask_mod=rows_of_mod(table, 21, 31))
+    spans = Problem.of(q, k, k, mask_mod=own).mods.spans
+    assert spans is not None and [x.shape for x in spans] == [(1, 1, 9), (1, 1, 9), (1, 1, 30), (1, 1, 30)]
+    for wrong, words in ((of(3, 31), "all 31 of seqlen_q, got 30"), (of(4, 30), "all 4 of batch, got 3")):
+        with pytest.raises(ValueError, match=words):
+            Problem.of(q, k, k, mask_mod=mod_of_part(table, wrong))
 
 
 def test_a_window_at_the_end_of_32_bits_is_cut_where_it_was() -> None:
@@ -360,17 +405,17 @@ def test_a_window_at_the_end_of_32_bits_is_cut_where_it_was() -> None:
 def test_an_origin_is_there_where_something_reads_it() -> None:
     q = torch.zeros(2, 2, 9, 8)
     plain, drops = Problem.of(q, q, q), Problem.of(q, q, q, dropout_p=0.5)
-    assert columns(starting(plain, 1, 3), q, q, 0).mods.origin is None
+    assert columns(starting(plain, 2, 1, 3), q, q, 0).mods.origin is None
     assert columns(starting(drops), q, q, 0).mods.origin is None
-    moved = columns(starting(drops, 1, 3), q[:, :, 4:], q[:, :, 4:], 4).mods.origin
-    assert moved.dtype == torch.int32 and moved.tolist() == [[1, 3, 4]]
+    moved = columns(starting(drops, 2, 1, 3), q[:, :, 4:], q[:, :, 4:], 4).mods.origin
+    assert moved.dtype == torch.int32 and moved.tolist() == [[2, 1, 3, 4]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_batch_element_may_begin_elsewhere(place: Place, backend: str) -> None:
     x = dense(place, **CASES["everything"](place))
     whole = whole_of(x, backend)
-    origin = place(torch.tensor([[0, 2, 1], [1, 0, 7]], dtype=torch.int32))
+    origin = place(torch.tensor([[3, 0, 2, 1], [0, 1, 0, 7]], dtype=torch.int32))
     o, lse = dispatch.forward(replace(whole, mods=whole.mods._replace(origin=origin)))
     for b, own in enumerate(origin):
         alone = dispatch.forward(replace(whole, mods=whole.mods._replace(origin=own[None])))
@@ -379,13 +424,12 @@ def test_each_batch_element_may_begin_elsewhere(place: Place, backend: str) -> N
 
 
 def test_what_is_not_cut_by_keys_is_refused() -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    q = torch.zeros(1, 1, 32, 8)
-    block_mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, 32, 32, device="cpu", BLOCK_SIZE=16)
-    with pytest.raises(NotImplementedError, match="pass its rule as mask_mod"):
-        columns(Problem.of(q, q, q, block_mask=block_mask), q, q, 0)
     x = packed(lambda t: t)
+    sizes = TOTAL_Q, TOTAL_K
+    block_mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, *sizes, device="cpu", BLOCK_SIZE=16)
+    band = Problem.of(x.q, x.k, x.v, **x.options, block_mask=block_mask)
+    with pytest.raises(NotImplementedError, match="pass its rule as mask_mod"):
+        columns(band, band.k, band.v, 0)
     for name, operand in (("mask", torch.ones(TOTAL_Q, TOTAL_K).bool()), ("bias", torch.zeros(1, TOTAL_K).double())):
         options = x.options | {name: operand.expand(TOTAL_Q, TOTAL_K)}
         band = Problem.of(x.q, x.k, x.v, **options)
@@ -417,7 +461,7 @@ def test_the_hopper_kernels_leave_parts_to_others() -> None:
     from flash.kernels import hopper_backward, hopper_forward
 
     q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)
-    operands = Mods(origin=torch.zeros(1, 3, dtype=torch.int32))
+    operands = Mods(origin=torch.zeros(1, 4, dtype=torch.int32))
     assert hopper_forward.unserved(q, q, q, operands, Spec()) is None
     needs = Gradients(True, True, True)
     for reason in (

@@ -17,8 +17,8 @@ from tests.ring_cases import beside_one_device
 CLOSE = 1e-12  # of 1 + max, float64
 METHODS = ("ring", "all_gather", "ulysses")
 SIZES = Sizes(heads=4, heads_k=4, head_dim_v=6)
-UNSERVED = [{"packed", name} for name in ("mask", "padding", "bias")]
-NAMES = [name for name in features.NAMES if name != "block_mask"]
+UNSERVED = [{"packed", name} for name in ("mask", "padding", "bias", "block_mask")]
+NAMES = features.NAMES
 
 
 def assert_close(found: list[float]) -> None:
@@ -52,7 +52,7 @@ def test_a_pair_of_keywords_is_that_of_one_device(team: Team, pair: tuple[str, s
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_keywords_at_once_are_those_of_one_device(team: Team, packed: bool) -> None:
-    left_out = {"packed"} if not packed else {"mask", "padding", "bias"}
+    left_out = {"packed"} if not packed else {"mask", "padding", "bias", "block_mask"}
     names = [name for name in NAMES if name not in left_out]
     assert_close(team.run(beside_one_device, names, SIZES, {"sharding": "zigzag", "method": "ring"}, ranks=4))
 
