@@ -10,6 +10,7 @@ import torch
 
 from . import plans
 from .autograd import attend
+from .dtensor import attend_distributed, is_distributed
 from .problem import ConfigLike, Problem, Window, check_flag
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def flash_attention(
     )  # fmt: skip
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in (q, k, v)):
         o, lse = attend_nested(q, k, v, keywords)
+    elif is_distributed(q, k, v):
+        o, lse = attend_distributed(q, k, v, keywords)
     else:
         problem = Problem.of(q, k, v, **keywords)
         o, lse = attend(problem)
@@ -224,6 +227,8 @@ def flash_attention_varlen(
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> tuple[torch.Tensor, ...]:
     """o [total_q, heads, head_dim_v] and lse [heads, total_q] of packed sequences; without the axis of heads as q."""
+    if is_distributed(q, k, v):
+        return attend_distributed(q, k, v, keywords)
     problem = Problem.of(q, k, v, **keywords)
     o, lse = attend(problem)
     o, lse = o.squeeze(0).transpose(0, 1), lse.squeeze(0)

@@ -84,7 +84,7 @@ class Exported(torch.autograd.Function):
 def attend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a Problem: through autograd where an input asks for a gradient, through the raw op elsewhere."""
     q, k, v, mods = problem.q, problem.k, problem.v, problem.mods
-    if problem.spec.dropout_p > 0:
+    if problem.spec.dropout_p > 0 and mods.seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), device=q.device)  # on the device: manual_seed and CUDA graphs reach it
         problem = replace(problem, mods=mods._replace(seed=seed))
     inputs = [q, k, v, *(x for x in (getattr(mods, name) for name in DIFFERENTIABLE) if x is not None)]

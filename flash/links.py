@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from .shards import Way
 
@@ -30,6 +29,8 @@ class Links(NamedTuple):
     @classmethod
     def named(cls, name: str) -> "Links":
         """The links of the group that torch.distributed knows by a name."""
+        from torch.distributed import distributed_c10d  # absent where torch was built without it
+
         group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
         return cls(group, group.rank(), group.size())
 

@@ -16,7 +16,7 @@ from .kernels.spec import Blocks
 from .links import Links, agree
 from .problem import autocast
 from .ring_call import KEYWORDS, Call, Setting, call_of, flatten
-from .ring_ops import METHODS, attend, choose, layout_of, met
+from .ring_ops import METHODS, attend, choose, met
 from .shards import SHARDINGS, check_lengths, lengths_of, pieces_of, ways_of
 
 if TYPE_CHECKING:
@@ -92,24 +92,55 @@ def ring_attention(
     Jacobs et al. 2023, "DeepSpeed Ulysses", https://arxiv.org/abs/2309.14509.
     """
     check_flag("return_lse", return_lse)
-    call, axes = begin(q, k, v, group_of(group, mesh), sharding, method, run_check, keywords)
-    o, lse = attend(flatten(call), call.q, call.k, call.v)
-    o, lse = shaped(o, lse, axes, call.packed)
+    check_setting(sharding, method, run_check)
+    o, lse = attended(*begin(q, k, v, setting_of(group_of(group, mesh), sharding, method, run_check), keywords))
     return (o, lse) if return_lse else o
 
 
-def begin(
-    q: Any, k: Any, v: Any, group: Any, sharding: str, method: str, run_check: bool, keywords: dict[str, Any]
-) -> tuple[Call, int]:
+def attend_shards(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: Any,
+    lengths: tuple[tuple[int, ...], ...],
+    batch: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    keywords: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse of shards whose lengths all ranks know, and which may be part of a larger whole.
+
+    Args:
+        q, k, v: as ring_attention takes them, in contiguous shards.
+        group: the ranks that have the others.
+        lengths: seqlen_q and seqlen_k of each rank, and whether mask and bias have an axis of queries.
+        batch: which batch elements of the whole these are: (start, size, whole).
+        heads: likewise of the query heads.
+        keywords: of ring_attention; with the seed of dropout, if it has any.
+    """
+    setting = setting_of(group, "contiguous", "auto", False)
+    return attended(*begin(q, k, v, setting._replace(lengths=lengths, batch=(*batch,), heads=(*heads,)), keywords))
+
+
+def attended(call: Call, axes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse of a Call, for a q of so many axes."""
+    o, lse = attend(flatten(call), call.q, call.k, call.v)
+    return shaped(o, lse, axes, call.packed)
+
+
+def setting_of(group: Any, sharding: str, method: str, run_check: bool) -> Setting:
+    """What a call says of its group."""
+    return Setting(group.group_name, index(group.size()), sharding, method, run_check)
+
+
+def begin(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) -> tuple[Call, int]:
     """The Call of what ring_attention was given, and how many axes q had; if it is wrong, the other ranks are told."""
-    check_setting(sharding, method, run_check)
-    setting = Setting(group.group_name, index(group.size()), sharding, method, run_check)
     try:
         return taken(q, k, v, setting, keywords)
     except (ValueError, TypeError, NotImplementedError) as error:
-        if run_check and not torch.compiler.is_compiling():
+        if setting.run_check and not torch.compiler.is_compiling():
             device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
-            agree(Links.named(setting.group), device, {}, [0, 0], error)
+            agree(Links.named(setting.group), device, {}, [0] * 4, error)
         raise
 
 
@@ -121,7 +152,7 @@ def taken(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) ->
         if x.is_nested:
             raise NotImplementedError(f"{name} is a nested tensor; give packed rows and cu_seqlens_q, cu_seqlens_k")
     for name in keywords:
-        if name not in KEYWORDS:
+        if name not in KEYWORDS and not (name == "seed" and setting.lengths):
             raise TypeError(f"ring_attention has no keyword {name!r}")
     q, k, v = autocast(q, k, v)
     cu_seqlens_q, cu_seqlens_k = (keywords.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k"))
@@ -148,7 +179,7 @@ def taken(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) ->
             keywords[name] = of_four_axes(keywords[name], one_head)
     if keywords.get("deterministic") is None:
         keywords["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    if type(p := keywords.get("dropout_p")) is float and 0.0 < p < 1.0:
+    if type(p := keywords.get("dropout_p")) is float and 0.0 < p < 1.0 and "seed" not in keywords:
         keywords["seed"] = torch.randint(0, 2**63 - 1, (1,), device=q.device)
     wanted = ("q", q), ("k", k), ("v", v), *((name, keywords.get(name)) for name in ("bias", "alibi_slopes", "sinks"))
     learns = [name for name, x in wanted if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()]
@@ -241,17 +272,18 @@ def info(
         ValueError, TypeError, NotImplementedError, RuntimeError: as the call itself would.
     """
     check_flag("return_lse", keywords.pop("return_lse", False))
-    call, _ = begin(q, k, v, group_of(group, mesh), sharding, method, run_check, keywords)
+    check_setting(sharding, method, run_check)
+    call, _ = begin(q, k, v, setting_of(group_of(group, mesh), sharding, method, run_check), keywords)
     links = Links.named(call.setting.group)
-    lengths = met(links, call)
-    layout = layout_of(call, lengths)
+    said = met(links, call)
+    layout = call.layout(said)
     taken_method, reason = choose(call, layout)
     return {
         "method": taken_method,
         "reason": reason,
         "world_size": links.world_size,
-        "lengths_q": [length for length, _ in lengths],
-        "lengths_k": [length for _, length in lengths],
+        "lengths_q": [seqlen_q for seqlen_q, *_ in said],
+        "lengths_k": [seqlen_k for _, seqlen_k, *_ in said],
         "hops": [way.hops for way in ways_of(layout.needs)],
         "sees": [[source for source, needed in enumerate(row) if needed] for row in layout.needs],
     }

@@ -42,6 +42,7 @@ class Setting(NamedTuple):
         run_check: whether ranks compare their calls and tell each other the lengths of their shards.
         learns: the names of what a gradient is asked for.
         one_length: packed queries and keys have the same cu_seqlens.
+        lengths: what each rank would say (`Call.layout`), where known; None: told by run_check, or else as this rank.
         batch: which batch elements of a larger whole the shards have, as an Extent; None: all.
         heads: likewise of the query heads.
         blocks: queries and keys in a block of the block mask.
@@ -55,6 +56,7 @@ class Setting(NamedTuple):
     run_check: bool
     learns: str = ""
     one_length: bool = False
+    lengths: tuple[tuple[int, ...], ...] | None = None
     batch: tuple[int, int, int] | None = None
     heads: tuple[int, int, int] | None = None
     blocks: tuple[int, int] | None = None
@@ -71,6 +73,8 @@ class Layout(NamedTuple):
     total_k: int
     band: Band | None  # what positions say of visibility; None: it is not known here
     needs: list[list[bool]]  # whether rank r [r] sees some key of rank s [s]
+    mask: bool  # whether the mask of some rank has an axis of queries
+    bias: bool  # likewise
 
 
 class Call(NamedTuple):
@@ -138,8 +142,8 @@ class Call(NamedTuple):
             found[f"{name}'s shape"] = f"[{x.shape[0]}, {x.shape[1]}, seqlen, {x.shape[3]}]"
         found |= self.plain
         for name, x in self.tensors.items():
-            rows = name in ("mask", "bias") and x.shape[2] > 1
-            shape = [str(n) if axis != 2 or not rows else "seqlen_q" for axis, n in enumerate(x.shape)]
+            free = name in ("mask", "bias")  # to have an axis of queries or not
+            shape = ["seqlen_q or 1" if free and axis == 2 else str(n) for axis, n in enumerate(x.shape)]
             found[name] = f"{name_of(x.dtype)} of shape [{', '.join(shape)}]"
         if self.blocks is not None:
             found["block_mask"] = f"of blocks {self.setting.blocks} for {self.setting.masked}"
@@ -148,8 +152,13 @@ class Call(NamedTuple):
             found[name] = f"{handle_of(mod).partition(':')[0]}({args})"
         return found | {f"config[{name!r}]": tuple(config) for name, config in self.config.items()}
 
-    def layout(self, lengths_q: Sequence[int], lengths_k: Sequence[int]) -> Layout:
-        """How the sequence lies, from the lengths of all shards."""
+    def rows(self) -> list[bool]:
+        """Whether the mask has an axis of queries, and whether the bias has one."""
+        return [name in self.tensors and self.tensors[name].shape[2] > 1 for name in ("mask", "bias")]
+
+    def layout(self, said: Sequence[Sequence[int]]) -> Layout:
+        """How the sequence lies, from what each rank has said: seqlen_q, seqlen_k, and its `rows`."""
+        lengths_q, lengths_k, *rows = zip(*said, strict=True)
         sharding = self.setting.sharding
         for name, lengths in (("q", lengths_q), ("k", lengths_k)):
             check_lengths(name, lengths, sharding)
@@ -162,7 +171,7 @@ class Call(NamedTuple):
             )
         band = self.band(*totals)
         needs = needs_of(queries, keys, band)
-        return Layout(queries, keys, list(lengths_k), *totals, band, needs)
+        return Layout(queries, keys, list(lengths_k), *totals, band, needs, any(rows[0]), any(rows[1]))
 
     def band(self, total_q: int, total_k: int) -> Band | None:
         """What positions say of visibility."""

@@ -4,7 +4,6 @@ All that is said between ranks is said within an op, so that torch.compile trace
 carry no autograd formula and are guarded like those of `flash/ops.py`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ METHODS = ("auto", "ring", "all_gather", "ulysses")
 HIDDEN = 1024
 
 CALL = "Tensor?[] tensors, str call"
-library.define(f"ring_forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse, Tensor lengths)")
+library.define(f"ring_forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse, Tensor said)")
 library.define(
-    "ring_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor lengths, "
+    "ring_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor said, "
     f"{CALL}, bool[] needs) -> Tensor[]"
 )
 
@@ -39,7 +38,7 @@ def choose(call: Call, layout: Layout) -> tuple[str, str]:
         NotImplementedError: the method asked for by name does not serve the call.
     """
     asked, world_size = call.setting.method, call.setting.world_size
-    refusal = ulysses.unserved(call, world_size)
+    refusal = ulysses.unserved(call, layout, world_size)
     if asked == "ulysses" and refusal:
         raise NotImplementedError(f"method 'ulysses' does not serve this call: {refusal}; use method='ring'")
     if asked != "auto":
@@ -59,15 +58,9 @@ def choose(call: Call, layout: Layout) -> tuple[str, str]:
     return "all_gather", f"{short}, and {refusal}"
 
 
-def layout_of(call: Call, lengths: Sequence[Sequence[int]]) -> Layout:
-    """The layout, from the lengths (seqlen_q, seqlen_k) of each rank."""
-    lengths_q, lengths_k = zip(*lengths, strict=True)
-    return call.layout(lengths_q, lengths_k)
-
-
 def met(links: Links, call: Call) -> list[list[int]]:
-    """The lengths of all shards, once all ranks are known to make the same call."""
-    own = [call.q.shape[2], call.k.shape[2]]
+    """What each rank says (`Call.layout`), once all are known to make the same call."""
+    own = [call.q.shape[2], call.k.shape[2], *call.rows()]
     refusal: Exception | None = None
     try:
         call.check()
@@ -76,7 +69,7 @@ def met(links: Links, call: Call) -> list[list[int]]:
     if not call.setting.run_check:
         if refusal is not None:
             raise refusal
-        return [own] * links.world_size
+        return [own] * links.world_size if call.setting.lengths is None else [list(x) for x in call.setting.lengths]
     return agree(links, call.q.device, call.alike(), own, refusal)
 
 
@@ -90,30 +83,30 @@ def of_one_seed(links: Links, call: Call) -> Call:
 def forward_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, text: str) -> Any:
     call = unflatten(q, k, v, tensors, text)
     links = Links.named(call.setting.group)
-    lengths = met(links, call)
-    layout = layout_of(call, lengths)
+    said = met(links, call)
+    layout = call.layout(said)
     method, _ = choose(call, layout)
     call = of_one_seed(links, call)
     if method == "ulysses":
         o, lse = ulysses.forward(links, call, layout)
     else:
         o, lse = ring_methods.forward(method, links, call, layout)
-    return o, lse, torch.tensor(lengths, dtype=torch.int64)
+    return o, lse, torch.tensor(said, dtype=torch.int64)
 
 
 def forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, text: str) -> Any:
     *_, setting = read(text)
     lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
-    return dense_like(q, v.shape[3]), lse, torch.empty(setting.world_size, 2, dtype=torch.int64, device="cpu")
+    return dense_like(q, v.shape[3]), lse, torch.empty(setting.world_size, 4, dtype=torch.int64, device="cpu")
 
 
 def backward_impl(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
-    lse: torch.Tensor, lengths: torch.Tensor, tensors: Any, text: str, needs: list[bool],
+    lse: torch.Tensor, said: torch.Tensor, tensors: Any, text: str, needs: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     call = unflatten(q, k, v, tensors, text)
     links = Links.named(call.setting.group)
-    layout = layout_of(call, lengths.tolist())
+    layout = call.layout(said.tolist())
     method, _ = choose(call, layout)
     call, output = of_one_seed(links, call), Output(o, lse, do, dlse)
     if method == "ulysses":
@@ -125,7 +118,7 @@ def backward_impl(
 
 def backward_fake(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
-    lse: torch.Tensor, lengths: torch.Tensor, tensors: Any, text: str, needs: list[bool],
+    lse: torch.Tensor, said: torch.Tensor, tensors: Any, text: str, needs: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     inputs = (q, k, v, *(tensors[OPERANDS.index(name)] for name in DIFFERENTIABLE))
     return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
@@ -146,7 +139,7 @@ def forward_flops(q: Any, k: Any, v: Any, tensors: Any, text: str, *_: Any, **__
 
 
 def backward_flops(
-    do: Any, dlse: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, lengths: Any, tensors: Any, text: str, *_: Any,
+    do: Any, dlse: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, said: Any, tensors: Any, text: str, *_: Any,
     **__: Any,
 ) -> int:  # fmt: skip
     """The same of the backward pass."""
@@ -168,20 +161,20 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, text: str, *tensors: Any) -> Any:
-        o, lse, lengths = torch.ops.flash.ring_forward(q, k, v, tensors, text)
-        ctx.save_for_backward(q, k, v, o, lse, lengths, *tensors)
+        o, lse, said = torch.ops.flash.ring_forward(q, k, v, tensors, text)
+        ctx.save_for_backward(q, k, v, o, lse, said, *tensors)
         ctx.text = text
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
-        q, k, v, o, lse, lengths, *tensors = ctx.saved_tensors
+        q, k, v, o, lse, said, *tensors = ctx.saved_tensors
         places = [OPERANDS.index(name) for name in DIFFERENTIABLE]
         needs = [*ctx.needs_input_grad[:3], *(ctx.needs_input_grad[4 + at] for at in places)]
         if do is None:
             do = o.new_zeros(()).expand_as(o)
-        found = iter(RingBackward.apply(do, dlse, q, k, v, o, lse, lengths, ctx.text, needs, *tensors))  # type: ignore[no-untyped-call]
+        found = iter(RingBackward.apply(do, dlse, q, k, v, o, lse, said, ctx.text, needs, *tensors))  # type: ignore[no-untyped-call]
         grads = [next(found) if need else None for need in needs]
         of_tensors: list[torch.Tensor | None] = [None] * len(tensors)
         for at, grad in zip(places, grads[3:], strict=True):

@@ -27,7 +27,7 @@ class Heads(NamedTuple):
     k: slice
 
 
-def unserved(call: Call, world_size: int) -> str | None:
+def unserved(call: Call, layout: Layout, world_size: int) -> str | None:
     """Why heads cannot be dealt out to so many ranks, or None where they can."""
     heads, heads_k = call.q.shape[1], call.k.shape[1]
     if heads % world_size:
@@ -35,9 +35,8 @@ def unserved(call: Call, world_size: int) -> str | None:
     own, group = heads // world_size, heads // max(heads_k, 1)
     if own and own % group and group % own:
         return f"groups of {group} heads that share a key head do not divide among {world_size} ranks"
-    for name in ("mask", "bias"):
-        x = call.tensors.get(name)
-        if x is not None and x.shape[2] > 1:
+    for name, rows in (("mask", layout.mask), ("bias", layout.bias)):
+        if rows:
             return f"{name} has an axis of queries, of which each rank has its own only"
     return None
 

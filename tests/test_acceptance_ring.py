@@ -76,7 +76,6 @@ def test_each_rank_compiles() -> None:
     hold("test_ring_torch", "test_each_rank_compiles_without_a_graph_break")
 
 
-@pytest.mark.xfail(strict=True, reason="DTensor: no rules yet")
 def test_distributed_tensors_are_sharded_by_batch_head_and_sequence() -> None:
     hold("test_dtensor", "test_placements_are_served_as_on_one_device", "test_a_parallel_model_needs_no_change")
 

@@ -73,8 +73,19 @@ ARROWS = {
         "flash.dispatch",
         "flash.ops",
     ),
+    # what DTensors shard is alone, or meets in a ring
+    "flash.dtensor": (
+        "flash.kernels.spec",
+        "flash.blocks",
+        "flash.checks",
+        "flash.problem",
+        "flash.parts",
+        "flash.autograd",
+        "flash.ring",
+    ),
     "flash.attention": (
         "flash.kernels.spec",
+        "flash.dtensor",
         "flash.mods",
         "flash.problem",
         "flash.dispatch",
