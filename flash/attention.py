@@ -57,7 +57,8 @@ def flash_attention(
             strides. [batch, seqlen_q, head_dim] is one head, and comes back so. A nested tensor of torch.jagged layout
             has sequences of different lengths for seqlen_q: [batch, heads, *, head_dim], which is the transpose(1, 2)
             of what nested_tensor makes of [seqlen, heads, head_dim], or [batch, *, head_dim] for one head; then k and
-            v are nested too, and what is said of flash_attention_varlen holds.
+            v are nested too, and what is said of flash_attention_varlen holds. A DTensor may be sharded by batch, heads
+            or sequence (`flash.dtensor`); then k and v are DTensors too, and operands may be.
         k: [batch, heads_k, seqlen_k, head_dim], of q's dtype and device. heads_k divides heads: head h of q attends to
             head h // (heads // heads_k) of k and v (grouped-query and multi-query attention), which are never repeated
             in memory.

@@ -63,9 +63,9 @@ class Links(NamedTuple):
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """x of the group's first rank."""
-        there = x.to(self.device(x.device), copy=True)
+        there = x.clone()
         dist.broadcast(there, group_src=0, group=self.group)
-        return there.to(x.device)
+        return there
 
 
 class Post(NamedTuple):

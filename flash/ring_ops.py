@@ -19,9 +19,10 @@ from .ring_methods import Output
 from .shards import ways_of
 
 METHODS = ("auto", "ring", "all_gather", "ulysses")
-# Rows of a rank times heads that share a key head: products for each number of half precision that a hop brings. From
-# here on a hop takes less time than the products over it on an H200 (some 600 TFLOP/s, 450 GB/s of NVLink a direction).
-HIDDEN = 1024
+# Rows of a rank times heads that share a key head: floating-point operations for each byte of keys in half precision
+# that a hop brings, 5/6 of it backward, where gradients in float32 travel too. Between H200s, at an assumed 600 TFLOP/s
+# and NVLink's nominal 450 GB/s, a hop takes less time than the products from 1333 on, and 1600 backward.
+HIDDEN = 2048
 
 CALL = "Tensor?[] tensors, str call"
 library.define(f"ring_forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse, Tensor said)")

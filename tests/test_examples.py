@@ -44,6 +44,14 @@ def test_gpt_runs() -> None:
     assert number(r"parameters: (\S+)", text) == 6_800_000
 
 
+def test_sharded_sequence_runs() -> None:
+    text = run("sharded_sequence", "--ranks", "3", "--seqlen", "301", "--steps", "4")
+    assert "3 ranks with [101, 100, 100] of 301 characters" in text
+    assert number(r"largest difference: (\S+)", text) < 1e-5
+    losses = [float(x) for x in re.findall(r"^step +\d+  loss (\S+)", text, re.MULTILINE)]
+    assert losses[-1] < losses[0]
+
+
 def test_generate_runs() -> None:
     text = run("generate", "--steps", "4", "--count", "20", "--temperature", "1")
     assert "the same tokens: yes" in text
