@@ -51,6 +51,7 @@ class Case(NamedTuple):
         far: axis along which tensors of four axes lie far apart (`slice.far_apart`).
         sigma: standard deviation of q, k and v.
         config: tile sizes.
+        cut: whether it is run as four parts, of halves of its rows and keys (`tests.parts`); dense ones of float64.
         patches: numbers of kernels/bias.py, which deal out work by size.
     """
 
@@ -65,6 +66,7 @@ class Case(NamedTuple):
     far: str = ""
     sigma: float = 1.0
     config: Any = features.TILES
+    cut: bool = False
     patches: Mapping[str, int] = {}
 
     @property
@@ -210,6 +212,9 @@ CASES = [
     Case("tanh_softcap:0.1", dtype=FLOAT32, sigma=8.0),
     Case("tanh_softcap:1.5", sigma=0.1, options={"bias": torch.full((1, 1, 1, 1), 1.75, dtype=FLOAT64)}),
     Case("tanh_softcap:1.5", dtype=FLOAT32, sigma=2.0),
+    # parts of a call
+    *(Case(f"{names} causal", TWO, cut=True) for names in ("dropout_p", "score_mod", "mask_mod")),
+    Case("block_mask", ONE._replace(batch=2, heads=2, heads_k=2), cut=True, config=TINY),
     # block masks
     Case("block_mask", config=TINY),
     Case("blocks:16x16", ONE._replace(batch=2, heads=2), config=TINY),

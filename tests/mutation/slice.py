@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flash.kernels import bias
-from tests import bounds, calls, features
+from tests import bounds, calls, features, parts
 from tests.bounds import Inputs, Outputs
 from tests.interpreter import memory
 from tests.interpreter.poison import poison
@@ -130,6 +130,8 @@ def run(prepared: Prepared) -> Outputs:
         return bounds.tangents_of(features.attention("triton", case.config), x)
     if case.far:  # made anew each time: a process with so much memory to its name cannot fork
         x = far_apart(x, case.far)
+    if case.cut:
+        return in_parts(case, x)
     named = features.differentiable(x)
     wanted = [name for name in named if case.needs is None or name in case.needs]
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in named.items()}
@@ -139,6 +141,14 @@ def run(prepared: Prepared) -> Outputs:
         outputs, gradients = ((o,), (x.do,)) if x.dlse is None else ((o, lse), (x.do, x.dlse))
         found = torch.autograd.grad(outputs, [leaves[name] for name in wanted], gradients)
     return Outputs(o.detach(), lse.detach(), **{f"d{name}": t for name, t in zip(wanted, found, strict=True)})
+
+
+def in_parts(case: Case, x: Inputs) -> Outputs:
+    """The same of a case that is cut: also by heads and batch elements, where there are some."""
+    whole = parts.whole_of(x, "triton", case.config)
+    sizes = len(whole.q), whole.k.shape[1], whole.q.shape[2], whole.k.shape[2]
+    batch, heads, rows, cols = ([(0, n // 2), (n // 2, n - n // 2)] if n > 1 else [(0, n)] for n in sizes)
+    return parts.together(whole, x, parts.Pieces(rows, cols, heads, batch), x.do, x.dlse)
 
 
 @contextmanager
