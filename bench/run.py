@@ -7,6 +7,7 @@
     python -m bench.run --suite speed      # side by side with the best there is: speed.json, .md, speed-*.png
     python -m bench.run --suite decode     # one token against a cache of keys: decode.json, .md, decode-*.png
     python -m bench.run --suite overhead   # what calling costs in Python, without a GPU too: bench/overhead.py
+    python -m bench.run --suite scale      # sharded sequences, model and processes of this CPU: bench/scale_suite.py
 
 Nothing is timed before its result matched the float64 oracle (bench/check.py). Every combination of case, peer and pass
 leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, with the reason.
@@ -136,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=shown)
     option = parser.add_argument
-    suites = "auto, cpu, sweep, models, all, quick, features, long, speed, decode or overhead (default: auto)"
+    suites = "auto, cpu, sweep, models, all, quick, features, long, speed, decode, overhead or scale (default: auto)"
     option("--suite", default="auto", help=suites)
     option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
     option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
@@ -299,6 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return overhead.main(["--out", str(args.out or RESULTS / records.slug(records.machine(device, 1)))])
+    if args.suite == "scale":
+        from bench import scale_suite
+
+        out = args.out or RESULTS / records.slug(records.machine(torch.device("cpu"), 1))
+        told = ["--quick"] * args.quick + ["--no-memory"] * args.no_memory
+        return scale_suite.main(["--out", str(out), "--seed", str(args.seed), *told])
     settings = settings_of(args)
     try:
         import matplotlib  # noqa: F401
