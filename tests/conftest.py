@@ -84,9 +84,15 @@ def mark(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test marked `interpret` runs where kernels are interpreted, and by `-m gpu` on a GPU, unless gpu=False.
 
     Of one marked `sampled(n)` as well every n-th set of parameters, drawn by name, is for all runs; others are slow's.
+    With `sampled(n, all=True)` that is so of sets that interpret nothing, too.
     """
     on_gpu = _asks_for(config, "gpu") and not _interpreted()
-    sampled = [item for item in items if item.get_closest_marker("sampled") and item.get_closest_marker("interpret")]
+    sampled = [
+        item
+        for item in items
+        if (marker := item.get_closest_marker("sampled"))
+        and (marker.kwargs.get("all") or item.get_closest_marker("interpret"))
+    ]
     for function in by_function(sampled):
         every = function[0].get_closest_marker("sampled")
         assert every is not None

@@ -86,7 +86,7 @@ def beside(group: Any, names: tuple[str, ...], of_q: Any, of_k: Any, sizes: Size
     return difference(differentiate(distributed(mesh, of_q, of_k), x), want)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(10, all=True)
 @pytest.mark.parametrize("placed", PLACED)
 @pytest.mark.parametrize("name", NAMES)
 def test_placements_are_served_as_on_one_device(team: Team, name: str, placed: str) -> None:
@@ -94,6 +94,7 @@ def test_placements_are_served_as_on_one_device(team: Team, name: str, placed: s
     assert max(found) <= CLOSE, found
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.parametrize("of_q, of_k", [((HEADS,), (HEADS,)), ((Shard(0),), (Shard(0),)), ((ALL,), (ALL,)),
                                         ((HEADS,), (ALL,))])  # fmt: skip
 @pytest.mark.parametrize("names", [("packed",), ("packed", "causal", "sinks"), ("packed", "alibi_slopes", "dropout_p"),
@@ -103,6 +104,7 @@ def test_packed_sequences_are_served_too(team: Team, names: tuple[str, ...], of_
     assert max(found) <= CLOSE, found
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("length", [1, 3, 9])
 def test_axes_need_not_divide(team: Team, length: int) -> None:
     sizes = SIZES._replace(batch=3, seqlen_q=length, seqlen_k=length + 1)
@@ -193,7 +195,7 @@ def parallel(group: Any, how: str, compiled: bool) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, want, strict=True))
 
 
-@pytest.mark.parametrize("how", ["tensor", "sequence", "fsdp"])
+@pytest.mark.parametrize("how", ["tensor", "sequence", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_parallel_model_needs_no_change(team: Team, how: str) -> None:
     assert max(team.run(parallel, how, False, ranks=2)) < 1e-10
 

@@ -120,7 +120,7 @@ def dense(place: Place, heads_k: int = HEADS_K, **options: Any) -> Inputs:
     return random_inputs(place, **sizes, head_dim=8, head_dim_v=12, dtype=torch.float64, **options)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, all=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_parts_come_together_to_the_whole(place: Place, name: str, backend: str) -> None:
@@ -128,6 +128,7 @@ def test_parts_come_together_to_the_whole(place: Place, name: str, backend: str)
     compare(x, backend, Pieces(cuts(SEQLEN_Q, 2), cuts(SEQLEN_K, 3)))
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("draw", range(4))
 def test_wherever_they_are_cut(place: Place, name: str, draw: int) -> None:
@@ -136,7 +137,7 @@ def test_wherever_they_are_cut(place: Place, name: str, draw: int) -> None:
     compare(x, "torch", Pieces(cuts(SEQLEN_Q, 3), [*cuts(SEQLEN_K, 4), (SEQLEN_K, 0)]), with_dlse=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, all=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["dropout", "score_mod", "mask_mod", "blocks of each head"])
 def test_some_heads_are_a_part_too(place: Place, name: str, backend: str) -> None:
@@ -154,7 +155,7 @@ def blocks_of_each(place: Place) -> dict[str, Any]:
     return {"block_mask": create_block_mask(rule, BATCH, 4, SEQLEN_Q, SEQLEN_K, device=device, BLOCK_SIZE=16)}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, all=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["positions of each", "dropout", "score_mod", "documents", "padding", "everything"])
 def test_some_of_the_batch_is_a_part_too(place: Place, name: str, backend: str) -> None:
@@ -175,7 +176,7 @@ def packed(place: Place, bad: bool = False, **options: Any) -> Inputs:
     return Inputs(q, k, v, do, x.dlse[0], options | {"max_seqlen_q": TOTAL_Q, "max_seqlen_k": TOTAL_K})
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, all=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [*PACKED, "dropout", "score_mod", "mask_mod", "alibi", "sinks"])
 def test_packed_sequences_straddle_the_cuts(place: Place, name: str, backend: str) -> None:
@@ -185,6 +186,7 @@ def test_packed_sequences_straddle_the_cuts(place: Place, name: str, backend: st
     compare(packed(place, **options), backend, Pieces([(0, 9), (9, 13)], [(0, 10), (10, 6), (16, 14)]))
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("name", [*PACKED, "everything"])
 @pytest.mark.parametrize("draw", range(3))
 def test_packed_sequences_are_cut_anywhere(place: Place, name: str, draw: int) -> None:

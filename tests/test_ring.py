@@ -25,7 +25,7 @@ def assert_close(found: list[float]) -> None:
     assert max(found) <= CLOSE, found
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12, all=True)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("method", METHODS)
@@ -43,7 +43,7 @@ def test_every_keyword_is_that_of_one_device(team: Team, name: str, method: str,
 PAIRS = [pair for pair in itertools.combinations(NAMES, 2) if set(pair) not in ({"mask", "padding"}, *UNSERVED)]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(20, all=True)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_a_pair_of_keywords_is_that_of_one_device(team: Team, pair: tuple[str, str]) -> None:
     for sharding, ranks in (("zigzag", 2), ("contiguous", 3)):
@@ -57,6 +57,7 @@ def test_all_keywords_at_once_are_those_of_one_device(team: Team, packed: bool) 
     assert_close(team.run(beside_one_device, names, SIZES, {"sharding": "zigzag", "method": "ring"}, ranks=4))
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (2, 3), (5, 40), (40, 5), (0, 7), (7, 0), (33, 33), (64, 64)])
 def test_lengths_need_not_divide_by_the_ranks(team: Team, seqlen_q: int, seqlen_k: int, sharding: str) -> None:
@@ -66,6 +67,7 @@ def test_lengths_need_not_divide_by_the_ranks(team: Team, seqlen_q: int, seqlen_
         assert_close(team.run(beside_one_device, names, sizes, setting, ranks=4))
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.parametrize("lengths_q, lengths_k", [
     ([19, 0, 0, 0], [0, 0, 0, 23]), ([5, 0, 10, 4], [0, 23, 0, 0]), ([1, 2, 3, 13], [20, 1, 1, 1]),
     ([4, 5, 5, 5], [8, 8, 7, 0]),
@@ -94,6 +96,7 @@ def spread_lengths(x: Any) -> Any:
     return x._replace(options=options)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("change", [bad_lengths, spread_lengths])
 @pytest.mark.parametrize("method", METHODS)
 def test_hostile_lengths_harm_their_own_sequence_only(team: Team, method: str, change: Any) -> None:
@@ -220,6 +223,7 @@ def test_half_precision_is_rounded_once(team: Team, dtype: torch.dtype) -> None:
             assert parts <= 1.02 * whole, (name, parts, whole)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.interpret
 @pytest.mark.parametrize("names", [(), ("causal", "dropout_p"), ("score_mod", "mask_mod"), ("window", "bias", "sinks"),
                                    ("packed", "causal", "alibi_slopes")], ids="-".join)  # fmt: skip

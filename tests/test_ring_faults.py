@@ -167,6 +167,7 @@ def alone(group: Any, what: str, where: int) -> tuple[str, float]:
     return "nothing", time.monotonic() - begin
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.parametrize("what", ["gone", "silent"])
 @pytest.mark.parametrize("where", [-1, 0, 1, 3], ids=["before", "forward", "later", "backward"])
 def test_a_rank_that_is_gone_or_silent_is_an_error_within_the_time_out(tmp_path: Path, what: str, where: int) -> None:

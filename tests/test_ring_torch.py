@@ -57,7 +57,8 @@ def compiled(group: Any, dynamic: bool, backend: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_each_rank_compiles_without_a_graph_break(team: Team, dynamic: bool) -> None:
     for found in team.run(compiled, dynamic, "aot_eager", ranks=2):
         assert max(found) < 1e-5
@@ -242,8 +243,8 @@ def asked(group: Any, length: int, heads_k: int, keywords: dict[str, Any]) -> di
 
 
 @pytest.mark.parametrize("length, heads_k, keywords, method, words", [
-    (2048, 8, {}, "ring", "2048 rows of a rank and heads share each key, 2048 or more"),
-    (512, 2, {}, "ring", "2048 rows"), (64, 8, {}, "ulysses", "64 rows .* 8 heads divide among 4 ranks"),
+    (4096, 8, {}, "ring", "4096 rows of a rank and heads share each key, 4096 or more"),
+    (1024, 2, {}, "ring", "4096 rows"), (64, 8, {}, "ulysses", "64 rows .* 8 heads divide among 4 ranks"),
     (64, 8, {"window": (10, 0)}, "ring", "at most 1 hops away, of 3"),
     (64, 8, {"mask": torch.ones(64, 256, dtype=torch.bool)}, "all_gather", "mask has an axis of queries"),
     (64, 8, {"method": "all_gather"}, "all_gather", "asked for by name"),
