@@ -8,13 +8,14 @@ raises what was not expected, all of them are ended and the next test starts ane
 import importlib
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -35,6 +36,16 @@ def serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) ->
         except Exception as error:
             pipe.send((None, (type(error).__name__, str(error), traceback.format_exc())))
     dist.destroy_process_group()
+
+
+def refusals(calls: Sequence[Callable[[], Any]]) -> list[str]:
+    """What is said of calls each of which must raise."""
+    found = []
+    for call in calls:
+        with pytest.raises((ValueError, NotImplementedError, RuntimeError)) as error:
+            call()
+        found.append(str(error.value))
+    return found
 
 
 def interpret() -> None:

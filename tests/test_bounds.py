@@ -146,6 +146,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(6, all=True)
 @pytest.mark.parametrize(("name", "fault"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_output_is_named(dtype: torch.dtype, name: str, fault: str) -> None:

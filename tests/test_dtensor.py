@@ -14,7 +14,7 @@ from flash.attention import flash_attention, flash_attention_varlen
 from tests import features
 from tests.bounds import Inputs, Outputs, differentiate
 from tests.features import Sizes
-from tests.ranks import RankError, Team
+from tests.ranks import RankError, Team, refusals
 
 CLOSE = 1e-12
 SIZES = Sizes(batch=4, heads=4, heads_k=2, head_dim_v=6)
@@ -226,12 +226,7 @@ def refused(group: Any) -> list[str]:
         lambda: flash_attention(q, q, q, sinks=torch.zeros(4, requires_grad=True)),
         lambda: flash_attention(plain, q, q),
     ]
-    found = []
-    for call in calls:
-        with pytest.raises((ValueError, NotImplementedError)) as error:
-            call()
-        found.append(str(error.value))
-    return found
+    return refusals(calls)
 
 
 def test_what_is_not_served_says_what_would_be(team: Team) -> None:

@@ -71,6 +71,7 @@ def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tiling, "NARROW_ROWS", 8)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -90,6 +90,7 @@ def call(names: tuple[str, ...], lengths: tuple[int, int], dtype: torch.dtype, w
     return inputs(*lengths, dtype, (8, 8), heads=(HEADS, 2), with_dlse=with_dlse, **options)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_feature_within_bounds(monkeypatch: pytest.MonkeyPatch, way: str, name: str) -> None:
@@ -100,6 +101,7 @@ def test_a_feature_within_bounds(monkeypatch: pytest.MonkeyPatch, way: str, name
             check(run(x), known(x))
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.parametrize("pair", list(itertools.combinations(FEATURES, 2)), ids=" and ".join)
 @pytest.mark.parametrize("way", WAYS[1:3])
 def test_a_pair_of_features_in_float64(monkeypatch: pytest.MonkeyPatch, way: str, pair: tuple[str, str]) -> None:

@@ -376,6 +376,7 @@ def caught(backward: Backward, case: tuple[Inputs, Outputs], edits: list[tuple[s
     return False
 
 
+@pytest.mark.sampled(4, all=True)
 @pytest.mark.interpret(gpu=False)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_caught(backward: Backward, case: tuple[Inputs, Outputs], name: str) -> None:

@@ -58,8 +58,8 @@ def test_tangents_of_every_feature_are_the_oracle_s(place: Place, backend: str, 
     compare(features.call_of(place, [] if name == "plain" else [name]), backend)
 
 
+@pytest.mark.sampled(27, all=True)
 @BOTH
-@pytest.mark.sampled(27)
 @pytest.mark.parametrize("pair", features.PAIRS, ids="-".join)
 def test_tangents_of_every_pair_of_features_are_the_oracle_s(place: Place, backend: str, pair: tuple[str, str]) -> None:
     compare(features.call_of(place, pair), backend)

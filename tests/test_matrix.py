@@ -123,13 +123,14 @@ def judge(x: Inputs, name: str, no_grad: bool, mode: str, backend: str = "torch"
         assert (ours - theirs).abs().max() <= 1e-12 * (1 + theirs.abs().max())
 
 
+@pytest.mark.sampled(20, all=True)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
-@pytest.mark.sampled(50)
 @cells(["eager"])
 def test_eager(place: Place, backend: str, combination: str, name: str, mode: str, no_grad: bool) -> None:
     judge(features.call_of(place, COMBINATIONS[combination]), name, no_grad, mode, backend)
 
 
+@pytest.mark.sampled(4, all=True)
 @cells(["whole", "alone"], slow=lambda combination, no_grad: combination != "plain" or no_grad)
 def test_compiled(combination: str, name: str, mode: str, no_grad: bool) -> None:
     judge(features.call_of(torch.Tensor.clone, COMBINATIONS[combination]), name, no_grad, mode)

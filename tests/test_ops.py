@@ -302,3 +302,16 @@ def test_private_fused_attention_of_a_cpu() -> None:
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     got = backward(do, q, k, v, o, lse, 0.0, False, attn_mask=None, scale=0.5)
     assert_close(got, torch.autograd.grad(want, leaves, do))
+
+
+def names_and_broadcasts(group: Any) -> tuple[bool, int]:
+    """`_resolve_process_group` and `broadcast` of torch's functional collectives."""
+    from torch.distributed import distributed_c10d
+    from torch.distributed._functional_collectives import broadcast
+
+    found = distributed_c10d._resolve_process_group(group.group_name)
+    return found is group, int(broadcast(torch.tensor([7 + group.rank()]), 0, group))
+
+
+def test_private_names_of_process_groups(team: Any) -> None:
+    assert team.run(names_and_broadcasts, ranks=2) == [(True, 7), (True, 7)]

@@ -120,7 +120,7 @@ def dense(place: Place, heads_k: int = HEADS_K, **options: Any) -> Inputs:
     return random_inputs(place, **sizes, head_dim=8, head_dim_v=12, dtype=torch.float64, **options)
 
 
-@pytest.mark.sampled(6, all=True)
+@pytest.mark.sampled(10, all=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_parts_come_together_to_the_whole(place: Place, name: str, backend: str) -> None:

@@ -291,6 +291,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 GRADIENTS = ("bias", "alibi_slopes", "sinks")
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize(
     "names", [*itertools.combinations(FEATURES, 1), ("bias", "alibi", "sinks", "softcap"), FEATURES]
 )

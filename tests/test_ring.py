@@ -25,7 +25,7 @@ def assert_close(found: list[float]) -> None:
     assert max(found) <= CLOSE, found
 
 
-@pytest.mark.sampled(12, all=True)
+@pytest.mark.sampled(24, all=True)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("method", METHODS)
@@ -223,7 +223,7 @@ def test_half_precision_is_rounded_once(team: Team, dtype: torch.dtype) -> None:
             assert parts <= 1.02 * whole, (name, parts, whole)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.interpret
 @pytest.mark.parametrize("names", [(), ("causal", "dropout_p"), ("score_mod", "mask_mod"), ("window", "bias", "sinks"),
                                    ("packed", "causal", "alibi_slopes")], ids="-".join)  # fmt: skip
