@@ -334,7 +334,7 @@ def ulysses_steps(job: Job, what: str) -> Iterator[Step]:
         yield exchange([0 for _ in ranks], messages)
 
     operands = [(q, d * e), (k, d * e), (k, d * e)]
-    operands += [(q, d * e), (q, d * e), (q, a)] if what == "backward" else []  # o, do, lse
+    operands += [(q, d * e), (q, d * e), (q, a), (q, a)] if what == "backward" else []  # o, do, lse, dlse
     for whose, width in operands:
         yield from deal(whose, width)
     queries, all_keys, band = Piece(0, slice(0, job.rows)), Piece(0, slice(0, job.keys)), layout.band

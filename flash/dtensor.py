@@ -8,12 +8,14 @@
     Replicate                Replicate                   ranks do the same
 
 Operands of the score follow q: a DTensor is brought to where it is needed, and ranks' shares of its gradient are added
-up; a plain tensor is the whole, and each rank takes its part. A model that tensor parallelism, FSDP or
+up; a plain tensor is the whole, and each rank takes its part. Nothing is compared between ranks: DTensors know each
+other's sizes, and keywords are taken to be alike, as everywhere with DTensors. A model that tensor parallelism, FSDP or
 sequence parallelism has given DTensors calls flash_attention as before.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 from operator import index
 from typing import Any, NamedTuple
@@ -82,7 +84,7 @@ def attend_distributed(q: Any, k: Any, v: Any, keywords: dict[str, Any]) -> tupl
     cuts = cuts_of(q, k, v, axes)
     extents = extents_of(q, cuts, axes, keywords)
     local = [x.to_local(grad_placements=grads_of(x, cuts)) for x in (q, k, v)]
-    local[1:] = keys_of(local[1:], q, k, extents, axes)
+    local[1:] = keys_of(local[1:], q, k, cuts, axes)
     given = {name: x for name, x in keywords.items() if x is not None}
     rows = [ROWS in roles_of(name, given[name], axes, packed) if name in given else False for name in ("mask", "bias")]
     for name in (*OPERANDS, *LENGTHS):
@@ -141,44 +143,60 @@ def grads_of(x: Any, cuts: Sequence[Cut]) -> list[Any]:
 
 def extents_of(q: Any, cuts: Sequence[Cut], axes: Axes, keywords: dict[str, Any]) -> Extents:
     """What this rank has of the batch, the heads and the rows."""
-    found, mesh = {}, q.device_mesh
-    for role, whole in zip(axes.q, q.shape, strict=True):
-        own = Extent(0, index(whole), index(whole))
-        for at, cut in enumerate(cuts):  # each dimension cuts what those before have left
-            if cut.role == role and role is not None:
-                lengths = lengths_of(own.size, mesh.size(at))
-                rank = mesh.get_local_rank(at)
-                own = Extent(own.start + sum(lengths[:rank]), lengths[rank], own.whole)
-        found[role] = own
+    mesh = q.device_mesh
+    here = [mesh.get_local_rank(at) for at in range(mesh.ndim)]
+    found = {
+        role: extent_of(index(n), [cut.role == role for cut in cuts], mesh, here)
+        for role, n in zip(axes.q, q.shape, strict=True)
+        if role is not None
+    }
     if keywords.get(LENGTHS[0]) is not None:
         batch = index(keywords[LENGTHS[0]].shape[0]) - 1
         found[BATCH] = Extent(0, batch, batch)
     heads = found.setdefault(HEADS, Extent(0, 1, 1))
     parts = prod([mesh.size(at) for at, cut in enumerate(cuts) if cut.role == HEADS])
-    if heads.size * parts != heads.whole:
+    if heads.whole % parts:
         raise NotImplementedError(f"{heads.whole} heads do not divide among {parts} ranks")
     return Extents(found[BATCH], heads, found[ROWS])
 
 
-def keys_of(tensors: Sequence[torch.Tensor], q: Any, k: Any, extents: Extents, axes: Axes) -> list[torch.Tensor]:
-    """The local keys and values of this rank's query heads, a view: where ranks share keys they hold more."""
+def extent_of(whole: int, sharded: Sequence[bool], mesh: Any, at: Sequence[int]) -> Extent:
+    """What the rank at some place of the mesh has of an axis that some of its dimensions shard, one after another."""
+    start, size = 0, whole
+    for dimension, (cut, rank) in enumerate(zip(sharded, at, strict=True)):
+        if cut:
+            lengths = lengths_of(size, mesh.size(dimension))
+            start, size = start + sum(lengths[:rank]), lengths[rank]
+    return Extent(start, size, whole)
+
+
+def keys_of(tensors: Sequence[torch.Tensor], q: Any, k: Any, cuts: Sequence[Cut], axes: Axes) -> list[torch.Tensor]:
+    """The local keys and values of this rank's query heads, a view: where ranks share keys they hold more.
+
+    Whether all ranks have the key heads of their query heads is found for all of them, so that they refuse alike.
+    """
     if HEADS not in axes.q:
         return list(tensors)
-    axis, own = axes.q.index(HEADS), extents.heads
-    heads_k, held = k.shape[axis], tensors[0].shape[axis]
-    if heads_k == 0 or own.whole % heads_k or own.size == 0:
+    axis, mesh = axes.q.index(HEADS), q.device_mesh
+    heads, heads_k = index(q.shape[axis]), index(k.shape[axis])
+    if heads_k == 0 or heads % heads_k:
         return list(tensors)  # which is refused, or served, as on one device
-    group = own.whole // heads_k
-    if own.size % group and group % own.size:
-        raise NotImplementedError(
-            f"groups of {group} heads that share a key head do not divide by {own.size} of a rank"
-        )
-    count = max(1, own.size // group)
-    if held == count:
-        return list(tensors)
-    if held != heads_k:
-        raise NotImplementedError(f"{heads_k} key heads do not divide as q's {own.whole} heads do: replicate k and v")
-    return [x.narrow(axis, own.start // group, count) for x in tensors]
+    group = heads // heads_k
+    of_q = [cut.role == HEADS for cut in cuts]
+    of_k = [place.is_shard() and place.dim % k.dim() == axis for place in k.placements]
+    here, own = [mesh.get_local_rank(at) for at in range(mesh.ndim)], slice(0, 0)
+    for at in product(*(range(mesh.size(dimension)) for dimension in range(mesh.ndim))):
+        there, held = (extent_of(n, cut, mesh, at) for n, cut in ((heads, of_q), (heads_k, of_k)))
+        first, last = there.start // group, -(-(there.start + there.size) // group)
+        if there.size % group and group % max(there.size, 1):
+            raise NotImplementedError(f"groups of {group} heads that share a key head do not divide by {there.size}")
+        if there.size and not (held.start <= first and last <= held.start + held.size):
+            raise NotImplementedError(
+                f"{heads_k} key heads are not sharded as the {heads} heads that share them: replicate k and v"
+            )
+        if list(at) == here:
+            own = slice(first - held.start, last - held.start) if there.size else slice(0, held.size)
+    return [x.narrow(axis, own.start, own.stop - own.start) for x in tensors]
 
 
 def local_operand(name: str, x: torch.Tensor, q: Any, cuts: Sequence[Cut], axes: Axes, packed: bool) -> torch.Tensor:

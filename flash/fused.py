@@ -199,7 +199,7 @@ def masks(call: Call, tile: Tile, dtype: torch.dtype) -> Iterator[tuple[slice, T
     for g in range(group):
         heads = slice(tile.heads.start + g, tile.heads.stop, group)
         if g == 0 or not shared:
-            mask = additive(call, tile._replace(heads=heads), dtype)
+            mask, empty = additive(call, tile._replace(heads=heads), dtype), torch.zeros((), dtype=torch.bool)
             if mask is not None:
                 best = mask.amax(-1)
                 empty = best == float("-inf")

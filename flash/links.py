@@ -7,7 +7,9 @@ gone, or says nothing for the group's time-out, is an error of torch.distributed
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,11 @@ class Links(NamedTuple):
 
         group = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
         return cls(group, group.rank(), group.size())
+
+    def warm(self, device: torch.device) -> None:
+        """Have all ranks of a group of GPUs communicate once: NCCL wants that before messages between some of them."""
+        if device.type != "cpu":
+            communicate(self.group.group_name, device)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> "Post":
         """Start to send and to receive; what is empty is not sent, nor what goes to the rank itself."""
@@ -66,6 +73,12 @@ class Links(NamedTuple):
         there = x.clone()
         dist.broadcast(there, group_src=0, group=self.group)
         return there
+
+
+@cache
+def communicate(name: str, device: torch.device) -> None:
+    """One collective of a group, the first time that it is asked for."""
+    dist.all_reduce(torch.zeros(1, device=device), group=Links.named(name).group)
 
 
 class Post(NamedTuple):
@@ -159,8 +172,12 @@ class Block(NamedTuple):
     hop: int
 
 
-def ring_pass(links: Links, ways: Sequence[Way], own: torch.Tensor, sizes: Sequence[int]) -> Iterator[Block]:
+def ring_pass(
+    links: Links, ways: Sequence[Way], own: torch.Tensor, sizes: Sequence[int]
+) -> Generator[Block, None, None]:
     """The rank's own keys and values, then those that pass by; the next ones travel while the caller has these.
+
+    Whoever does not take all of them closes it, which waits for what is under way.
 
     Args:
         links: the group.
@@ -177,7 +194,13 @@ def ring_pass(links: Links, ways: Sequence[Way], own: torch.Tensor, sizes: Seque
             under_way = departure(links, way, hop, own if hop == 1 else held.flat, sizes)
             if hop == 1 and way is ways[-1]:
                 del own  # which memory is short of; the messages hold it until it has gone
-        yield held
+        try:
+            yield held
+        except GeneratorExit:
+            if under_way is not None:
+                with suppress(RuntimeError):  # of a peer that is gone: what the caller raises says more
+                    under_way[0].wait()
+            raise
         if under_way is not None:
             post, held = under_way
             post.wait()

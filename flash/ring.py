@@ -17,7 +17,7 @@ from .links import Links, agree
 from .problem import autocast
 from .ring_call import KEYWORDS, Call, Setting, call_of, flatten
 from .ring_ops import METHODS, attend, choose, met
-from .shards import SHARDINGS, check_lengths, lengths_of, pieces_of, ways_of
+from .shards import SHARDINGS, check_lengths, lengths_of, pieces_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,8 +45,9 @@ def ring_attention(
         o_i = sum_j exp(s_ij - lse_i) v_j       i of this rank, j of every rank, as flash_attention defines them
 
     Keys and values travel while attention to those that are there is computed; memory grows with the shard. All ranks
-    of the group call it together, with the same keywords. The backward pass is theirs together too: gradients of q, k
-    and v are those of the sum of all ranks' losses. Those of bias, alibi_slopes and sinks are this rank's share of it,
+    of the group call it together, with the same keywords. The backward pass is theirs together too: it waits for ranks
+    whose loss does not depend on o, which should add 0 * o.sum() to it. Gradients of q, k and v are those of the sum of
+    all ranks' losses. Those of bias, alibi_slopes and sinks are this rank's share of it,
     as those of any parameter are where each rank has some of the tokens: whoever adds up the ranks' gradients (DDP,
     FSDP) makes them whole.
 
@@ -63,11 +64,13 @@ def ring_attention(
             do where causal; lengths must then be those of `shard`. Default: "contiguous".
         method: "ring": keys travel from rank to rank, those that nobody further on sees no further. "all_gather": each
             rank fetches all keys that it sees: memory for all of them. "ulysses": ranks exchange rows for heads, which
-            heads must divide for. Default: "auto", of which `info` says what it takes and why.
+            heads must divide for. Default: "auto", of which `info` says what it takes and why; it gathers short
+            sequences alone, whose keys and values are 256 MB at most.
         run_check: compare the calls of all ranks and learn the lengths of their shards, by an all_gather of a few
-            numbers that the host waits for; over a backend for the CPU where the group has one. False promises that all
-            calls are alike, shards of one length included, and that the group has communicated before: then nothing
-            waits. Default: True.
+            numbers that the host waits for; over a backend for the CPU where the group has one. Values of small
+            operands (cu_seqlens, slopes, sinks, tensors of user functions) are compared where they are on a CPU. False,
+            on all ranks, promises that calls are alike, shards of one length included: then nothing waits. Default:
+            True.
         return_lse: also return lse. Default: False.
         **keywords: those of flash_attention, which mean what they mean there with i and j counted in the whole
             sequence: causal, window, q_offset (default: all keys minus all queries), scale, alibi_slopes, softcap,
@@ -91,9 +94,8 @@ def ring_attention(
     al. 2023, "Striped Attention", https://arxiv.org/abs/2311.09431, for the balance that zigzag gives chunk by chunk;
     Jacobs et al. 2023, "DeepSpeed Ulysses", https://arxiv.org/abs/2309.14509.
     """
-    check_flag("return_lse", return_lse)
-    check_setting(sharding, method, run_check)
-    o, lse = attended(*begin(q, k, v, setting_of(group_of(group, mesh), sharding, method, run_check), keywords))
+    setting = setting_of(group_of(group, mesh), sharding, method, run_check)
+    o, lse = attended(*begin(q, k, v, setting, keywords | {"return_lse": return_lse}))
     return (o, lse) if return_lse else o
 
 
@@ -136,9 +138,13 @@ def setting_of(group: Any, sharding: str, method: str, run_check: bool) -> Setti
 def begin(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) -> tuple[Call, int]:
     """The Call of what ring_attention was given, and how many axes q had; if it is wrong, the other ranks are told."""
     try:
-        return taken(q, k, v, setting, keywords)
+        check_setting(setting.sharding, setting.method, setting.run_check)
+        check_flag("return_lse", keywords.pop("return_lse", False))
+        call, axes = taken(q, k, v, setting, keywords)
+        call.check()
+        return call, axes
     except (ValueError, TypeError, NotImplementedError) as error:
-        if setting.run_check and not torch.compiler.is_compiling():
+        if setting.run_check is not False and not torch.compiler.is_compiling():
             device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")
             agree(Links.named(setting.group), device, {}, [0] * 4, error)
         raise
@@ -271,8 +277,6 @@ def info(
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as the call itself would.
     """
-    check_flag("return_lse", keywords.pop("return_lse", False))
-    check_setting(sharding, method, run_check)
     call, _ = begin(q, k, v, setting_of(group_of(group, mesh), sharding, method, run_check), keywords)
     links = Links.named(call.setting.group)
     said = met(links, call)
@@ -284,7 +288,7 @@ def info(
         "world_size": links.world_size,
         "lengths_q": [seqlen_q for seqlen_q, *_ in said],
         "lengths_k": [seqlen_k for _, seqlen_k, *_ in said],
-        "hops": [way.hops for way in ways_of(layout.needs)],
+        "hops": [way.hops for way in layout.ways],
         "sees": [[source for source, needed in enumerate(row) if needed] for row in layout.needs],
     }
 
@@ -338,8 +342,11 @@ def unshard(
         ValueError: an argument is wrong, or differs between ranks.
     """
     group = group_of(group, mesh)
-    check_setting(sharding, "auto", True)
-    check_dim(x, dim)
+    try:
+        check_setting(sharding, "auto", True)
+        check_dim(x, dim)
+    except ValueError as error:
+        agree(Links.named(group.group_name), torch.device("cpu"), {}, [0], error)
     return Unshard.apply(x, group.group_name, sharding, dim % x.dim())  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -6,6 +6,7 @@ that sees the keys which are there.
 """
 
 import ast
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import dispatch
 from .checks import ConfigLike, check_config, check_window, constant, name_of
 from .kernels.spec import Blocks, Config
 from .parts import Extent, Extents, mod_of_part, starting, within_blocks
 from .problem import Problem, sequences
-from .shards import Band, Piece, check_lengths, needs_of, pieces_of
+from .shards import Band, Piece, Way, check_lengths, plan_of
 from .twins import MaskMod, ScoreMod, from_handle, handle_of
 
 OPERANDS = ("q_offset", "mask", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
@@ -28,6 +30,8 @@ PLAIN = (
     "causal", "window", "q_offset", "scale", "softcap", "dropout_p", "max_seqlen_q", "max_seqlen_k", "deterministic",
     "backend",
 )  # fmt: skip
+DEFAULTS = {"causal": False, "dropout_p": 0.0, "backend": "auto"}
+MARKED = 4096  # numbers at most whose values ranks compare
 KEYWORDS = (*PLAIN, *OPERANDS[1:5], *OPERANDS[6:], *MODS, "block_mask", "config")
 
 
@@ -68,11 +72,12 @@ class Layout(NamedTuple):
 
     queries: list[list[Piece]]  # of each rank
     keys: list[list[Piece]]
+    needs: list[list[bool]]  # whether rank r [r] sees some key of rank s [s]
+    ways: list[Way]  # how keys travel on the ring
     lengths_k: list[int]
     total_q: int
     total_k: int
     band: Band | None  # what positions say of visibility; None: it is not known here
-    needs: list[list[bool]]  # whether rank r [r] sees some key of rank s [s]
     mask: bool  # whether the mask of some rank has an axis of queries
     bias: bool  # likewise
 
@@ -117,7 +122,11 @@ class Call(NamedTuple):
     def check(self) -> None:
         """Raise where this rank's arguments are wrong, whatever the others have; masks and user functions in part."""
         given = {name: x for name, x in self.tensors.items() if name not in ("mask", "bias", "seed")}
-        problem_of(self.q, self.k, self.v, **self.plain, **given, config=self.config or None)
+        problem = problem_of(self.q, self.k, self.v, **self.plain, **given, config=self.config or None)
+        if self.setting.method != "ulysses":
+            problem = replace(problem, spec=problem.spec._replace(part=True))
+        if not torch.compiler.is_compiling():
+            dispatch.chosen(problem)  # which raises where the backend asked for does not serve
         for name in ("mask", "bias"):
             x = self.tensors.get(name)
             if x is None:
@@ -137,24 +146,27 @@ class Call(NamedTuple):
         """What must be alike on all ranks, by the name that messages have for it."""
         found: dict[str, Any] = {name: getattr(self.setting, name) for name in ("sharding", "method")}
         found["what requires grad"] = self.setting.learns or "nothing"
+        found["cu_seqlens_q being cu_seqlens_k, the same tensor,"] = self.setting.one_length
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             found[f"{name}'s dtype"] = name_of(x.dtype)
             found[f"{name}'s shape"] = f"[{x.shape[0]}, {x.shape[1]}, seqlen, {x.shape[3]}]"
-        found |= self.plain
+        found |= {name: x for name, x in self.plain.items() if x != DEFAULTS.get(name)}
         for name, x in self.tensors.items():
+            if name == "seed":
+                continue
             free = name in ("mask", "bias")  # to have an axis of queries or not
             shape = ["seqlen_q or 1" if free and axis == 2 else str(n) for axis, n in enumerate(x.shape)]
-            found[name] = f"{name_of(x.dtype)} of shape [{', '.join(shape)}]"
+            found[name] = f"{name_of(x.dtype)} of shape [{', '.join(shape)}]{'' if free else values_of(x)}"
         if self.blocks is not None:
             found["block_mask"] = f"of blocks {self.setting.blocks} for {self.setting.masked}"
         for name, mod in self.mods.items():
-            args = ", ".join(f"{name_of(x.dtype)} {list(x.shape)}" for x in mod.args)
+            args = ", ".join(f"{name_of(x.dtype)} {list(x.shape)}{values_of(x)}" for x in mod.args)
             found[name] = f"{handle_of(mod).partition(':')[0]}({args})"
         return found | {f"config[{name!r}]": tuple(config) for name, config in self.config.items()}
 
     def rows(self) -> list[bool]:
         """Whether the mask has an axis of queries, and whether the bias has one."""
-        return [name in self.tensors and self.tensors[name].shape[2] > 1 for name in ("mask", "bias")]
+        return [name in self.tensors and self.tensors[name].shape[2] != 1 for name in ("mask", "bias")]
 
     def layout(self, said: Sequence[Sequence[int]]) -> Layout:
         """How the sequence lies, from what each rank has said: seqlen_q, seqlen_k, and its `rows`."""
@@ -162,16 +174,19 @@ class Call(NamedTuple):
         sharding = self.setting.sharding
         for name, lengths in (("q", lengths_q), ("k", lengths_k)):
             check_lengths(name, lengths, sharding)
-        queries, keys = pieces_of(lengths_q, sharding), pieces_of(lengths_k, sharding)
         totals = sum(lengths_q), sum(lengths_k)
         if self.blocks is not None and self.setting.masked != totals:
             raise ValueError(
                 f"block_mask must be made for (seqlen_q, seqlen_k) = {totals}, those of all ranks, got "
                 f"{self.setting.masked}"
             )
+        # where no rank has more than one row, one that has an axis of queries looks like one that has none
+        single = max(lengths_q) <= 1 < totals[0]
+        mask, bias = (
+            any(own) or (single and name in self.tensors) for name, own in zip(("mask", "bias"), rows, strict=True)
+        )
         band = self.band(*totals)
-        needs = needs_of(queries, keys, band)
-        return Layout(queries, keys, list(lengths_k), *totals, band, needs, any(rows[0]), any(rows[1]))
+        return Layout(*plan_of(lengths_q, lengths_k, sharding, band), list(lengths_k), *totals, band, mask, bias)
 
     def band(self, total_q: int, total_k: int) -> Band | None:
         """What positions say of visibility."""
@@ -229,6 +244,15 @@ class Call(NamedTuple):
         }
         problem = problem_of(q, k, v, **given, config=self.config or None)
         return replace(problem, mods=problem.mods._replace(bad=bad)), passed
+
+
+def values_of(x: torch.Tensor) -> str:
+    """A mark of a few numbers on a CPU, which tells them from others; nothing where reading them would wait."""
+    if x.device.type != "cpu" or x.numel() > MARKED or x.is_meta:
+        return ""
+    return (
+        f", values {hashlib.sha256(bytes(x.detach().contiguous().view(-1).view(torch.uint8).tolist())).hexdigest()[:8]}"
+    )
 
 
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Problem:

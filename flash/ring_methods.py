@@ -9,7 +9,8 @@ that its gradients add up to those of the whole (Dao et al. 2022, algorithm 4). 
 float64) and in an order that the layout fixes: calls repeat to the bit. `flash/ulysses.py` is the third way.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .merge import join
 from .parts import columns
 from .problem import Problem
 from .ring_call import Call, Layout
-from .shards import Piece, sees, ways_of
+from .shards import Piece, sees
 
 
 class Keys(NamedTuple):
@@ -82,10 +83,12 @@ def forward(method: str, links: Links, call: Call, layout: Layout) -> tuple[Tens
     lse = call.q.new_full(call.q.shape[:3], float("-inf"), dtype=dtype)
     rows = rows_of(links, call, layout)
     totals = [(o[:, :, row.piece.local], lse[:, :, row.piece.local]) for row in rows]
-    for keys in passing(links, call, layout) if method == "ring" else fetched(links, call, layout):
-        for row, total in zip(rows, totals, strict=True):
-            for part in parts(row, keys, layout):
-                join(*total, *dispatch.forward(part))
+    found = passing(links, call, layout) if method == "ring" else fetched(links, call, layout)
+    with closing(found):  # also where attention raises: what is under way then must not meet the next call
+        for keys in found:
+            for row, total in zip(rows, totals, strict=True):
+                for part in parts(row, keys, layout):
+                    join(*total, *dispatch.forward(part))
     for row, total in zip(rows, totals, strict=True):
         add_sinks(call, row, *total)
     return o.to(call.q.dtype), lse
@@ -98,7 +101,7 @@ def parts(row: Rows, keys: Keys, layout: Layout) -> Iterator[Problem]:
             yield columns(row.problem, keys.k[:, :, piece.local], keys.v[:, :, piece.local], piece.start)
 
 
-def passing(links: Links, call: Call, layout: Layout) -> Iterator[Keys]:
+def passing(links: Links, call: Call, layout: Layout) -> Generator[Keys, None, None]:
     """The rank's own keys, then those that pass by on the ring."""
     for block in around(links, call, layout):
         if block.way is None:
@@ -107,13 +110,13 @@ def passing(links: Links, call: Call, layout: Layout) -> Iterator[Keys]:
             yield unpack(block.flat, call, layout, block.source)
 
 
-def around(links: Links, call: Call, layout: Layout) -> Iterator[Block]:
+def around(links: Links, call: Call, layout: Layout) -> Generator[Block, None, None]:
     """The ring's blocks; the rank's own one says nothing but that it is, where nobody else needs it."""
-    ways = ways_of(layout.needs)
-    return ring_pass(links, ways, pack(call.k, call.v) if ways else call.k.new_empty(0), numbers(call, layout))
+    own = pack(call.k, call.v) if layout.ways else call.k.new_empty(0)
+    return ring_pass(links, layout.ways, own, numbers(call, layout))
 
 
-def fetched(links: Links, call: Call, layout: Layout) -> Iterator[Keys]:
+def fetched(links: Links, call: Call, layout: Layout) -> Generator[Keys, None, None]:
     """All keys that the rank's queries see, consecutive ones side by side."""
     found = fetch(links, call, layout)
     for run in runs(layout, links.rank):
@@ -230,21 +233,22 @@ def backward_on_the_ring(
 
     carried, post = None, Post([], [])
     returned: list[Tensor] = []
-    for block in around(links, call, layout):
-        source, share = block.source, None
-        if block.way is None:
-            differentiate(Keys(layout.keys[rank], call.k, call.v), home)
-            continue
-        if source is not None:
-            share = zeros(source)
-            if layout.needs[rank][source]:
-                differentiate(unpack(block.flat, call, layout, source), unpack(share, call, layout, source))
-        if needs.k or needs.v:
-            post.wait()
-            add(home, returned, call, layout, rank, needs)
-            if share is not None and carried is not None:
-                share += carried
-            post, carried, returned = hand_on(links, block, share, zeros)
+    with closing(around(links, call, layout)) as blocks:
+        for block in blocks:
+            source, share = block.source, None
+            if block.way is None:
+                differentiate(Keys(layout.keys[rank], call.k, call.v), home)
+                continue
+            if source is not None:
+                share = zeros(source)
+                if layout.needs[rank][source]:
+                    differentiate(unpack(block.flat, call, layout, source), unpack(share, call, layout, source))
+            if needs.k or needs.v:
+                post.wait()
+                add(home, returned, call, layout, rank, needs)
+                if share is not None and carried is not None:
+                    share += carried
+                post, carried, returned = hand_on(links, block, share, zeros)
     post.wait()
     add(home, returned, call, layout, rank, needs)
 

@@ -16,13 +16,13 @@ from .links import Links, agree
 from .ops import guarded, library
 from .ring_call import DIFFERENTIABLE, OPERANDS, Call, Layout, Setting, read, unflatten
 from .ring_methods import Output
-from .shards import ways_of
 
 METHODS = ("auto", "ring", "all_gather", "ulysses")
 # Rows of a rank times heads that share a key head: floating-point operations for each byte of keys in half precision
 # that a hop brings. `python -m bench.run --suite scale` has hops between H200s take less time than the products from
 # 3200 on, and from 5000 on where causal, at an assumed 600 TFLOP/s, NVLink's nominal 450 GB/s and 10 us.
 HIDDEN = 4096
+GATHERED = 2**28  # bytes of all keys and values, from where on each rank's having them is no small matter
 
 CALL = "Tensor?[] tensors, str call"
 library.define(f"ring_forward(Tensor q, Tensor k, Tensor v, {CALL}) -> (Tensor o, Tensor lse, Tensor said)")
@@ -46,7 +46,7 @@ def choose(call: Call, layout: Layout) -> tuple[str, str]:
         return asked, "asked for by name"
     if world_size == 1:
         return "ring", "one rank has everything"
-    hops = sum(way.hops for way in ways_of(layout.needs))
+    hops = sum(way.hops for way in layout.ways)
     if hops <= (world_size - 1) // 2:
         return "ring", f"keys that are seen are at most {hops} hops away, of {world_size - 1}"
     rows = layout.total_q // world_size
@@ -56,22 +56,18 @@ def choose(call: Call, layout: Layout) -> tuple[str, str]:
     short = f"only {work} rows of a rank and heads share each key, less than {HIDDEN}: hops would be waited for"
     if refusal is None:
         return "ulysses", f"{short}, and {call.q.shape[1]} heads divide among {world_size} ranks"
+    each = call.k.shape[0] * call.k.shape[1] * (call.k.shape[3] + call.v.shape[3]) * call.k.element_size()
+    if each * layout.total_k > GATHERED:
+        return "ring", f"{refusal}, and all keys together are more than {GATHERED >> 20} MB"
     return "all_gather", f"{short}, and {refusal}"
 
 
 def met(links: Links, call: Call) -> list[list[int]]:
     """What each rank says (`Call.layout`), once all are known to make the same call."""
     own = [call.q.shape[2], call.k.shape[2], *call.rows()]
-    refusal: Exception | None = None
-    try:
-        call.check()
-    except (ValueError, TypeError, NotImplementedError) as error:
-        refusal = error
     if not call.setting.run_check:
-        if refusal is not None:
-            raise refusal
         return [own] * links.world_size if call.setting.lengths is None else [list(x) for x in call.setting.lengths]
-    return agree(links, call.q.device, call.alike(), own, refusal)
+    return agree(links, call.q.device, call.alike(), own, None)
 
 
 def of_one_seed(links: Links, call: Call) -> Call:
@@ -84,6 +80,7 @@ def of_one_seed(links: Links, call: Call) -> Call:
 def forward_impl(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, text: str) -> Any:
     call = unflatten(q, k, v, tensors, text)
     links = Links.named(call.setting.group)
+    links.warm(q.device)
     said = met(links, call)
     layout = call.layout(said)
     method, _ = choose(call, layout)
@@ -155,6 +152,15 @@ def flops(q: Any, k: Any, text: str, widths: int) -> int:
 
 register_flop_formula(torch.ops.flash.ring_forward, get_raw=True)(forward_flops)
 register_flop_formula(torch.ops.flash.ring_backward, get_raw=True)(backward_flops)
+
+
+def mapped(info: Any, axes: Any, *args: Any) -> Any:
+    """An op under torch.vmap."""
+    raise NotImplementedError("ring_attention does not serve torch.vmap: make what is mapped part of the batch")
+
+
+torch.library.register_vmap("flash::ring_forward", mapped, lib=library)
+torch.library.register_vmap("flash::ring_backward", mapped, lib=library)
 
 
 class RingAttention(torch.autograd.Function):

@@ -9,7 +9,9 @@ Arithmetic on lengths that every rank knows, so that all ranks find the same ans
 Keys travel a ring: at hop h rank r holds those of rank r - h, or of rank r + h on a second way, the other way around.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 SHARDINGS = ("contiguous", "zigzag")
@@ -125,9 +127,22 @@ def ways_of(needs: list[list[bool]]) -> list[Way]:
     best: list[Way] = []
     fewest = world_size
     for turn in range(world_size - 1, -1, -1):  # what is further away than this comes the other way around
-        forwards = tuple(max((d for d in own if d <= turn), default=0) for own in distances)
-        backwards = tuple(world_size - min((d for d in own if d > turn), default=world_size) for own in distances)
+        ends = [bisect_right(own, turn) for own in distances]
+        forwards = tuple([own[end - 1] if end else 0 for own, end in zip(distances, ends, strict=True)])
+        backwards = tuple(
+            [world_size - own[end] if end < len(own) else 0 for own, end in zip(distances, ends, strict=True)]
+        )
         found = [way for way in (Way(1, forwards), Way(-1, backwards)) if way.hops]
         if (count := sum(way.hops for way in found)) < fewest:
             best, fewest = found, count
     return best
+
+
+@lru_cache(maxsize=64)
+def plan_of(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], sharding: str, band: Band | None
+) -> tuple[list[list[Piece]], list[list[Piece]], list[list[bool]], list[Way]]:
+    """The pieces of queries and of keys, who needs whose, and the ways: found once for calls that are cut alike."""
+    queries, keys = pieces_of(lengths_q, sharding), pieces_of(lengths_k, sharding)
+    needs = needs_of(queries, keys, band)
+    return queries, keys, needs, ways_of(needs)

@@ -114,11 +114,15 @@ def backward(links: Links, call: Call, layout: Layout, output: Output, needs: Gr
     own, of_q, of_k = heads[links.rank].q, [x.q for x in heads], [x.k for x in heads]
     whole = problem(links, call, layout)
     o, do = (to_heads(links, x, of_q, layout.queries) for x in (output.o, output.do))
+    # sent whether there is one or not: what ranks send each other must not hang on the loss of one of them
+    of_lse = torch.zeros_like(output.lse) if output.dlse is None else output.dlse
+    dlse: Tensor | None
     lse, dlse = (
-        None if x is None else to_heads(links, x.unsqueeze(3), of_q, layout.queries).squeeze(3)
-        for x in (output.lse, output.dlse)
+        to_heads(links, x.unsqueeze(3), of_q, layout.queries).squeeze(3)
+        for x in (output.lse, of_lse.to(output.lse.dtype))
     )
-    assert lse is not None
+    if dlse.device.type == "cpu" and not bool(dlse.any()):
+        dlse = None  # which torch's own kernels serve
     found = dispatch.backward(whole, do, dlse, o, lse, needs)
     grads: list[Tensor | None] = []
     for x, gradient, places, pieces in zip(

@@ -113,6 +113,24 @@ def test_axes_need_not_divide(team: Team, length: int) -> None:
         assert max(found) <= CLOSE, found
 
 
+@pytest.mark.parametrize("heads, heads_k, of_q, of_k", [
+    (4, 2, (HEADS, HEADS), (ALL, HEADS)), (8, 2, (HEADS,), (HEADS,)), (4, 1, (HEADS,), (HEADS,)),
+    (8, 4, (HEADS,), (HEADS,)), (8, 2, (HEADS,), (ALL,)), (8, 1, (HEADS, HEADS), (ALL, ALL)),
+    (8, 2, (HEADS, HEADS), (HEADS, ALL)),
+    (12, 3, (HEADS,), (ALL,)),
+])  # fmt: skip
+def test_query_heads_find_their_key_heads_or_all_ranks_refuse(
+    team: Team, heads: int, heads_k: int, of_q: Any, of_k: Any
+) -> None:
+    sizes = SIZES._replace(heads=heads, heads_k=heads_k)
+    try:
+        found = team.run(beside, ("causal",), of_q, of_k, sizes, ranks=4)
+        assert max(found) <= CLOSE, found
+    except RankError as error:
+        assert [said[0] for said in error.errors if said] == ["NotImplementedError"] * 4
+        assert (heads, heads_k) == (12, 3) or ((heads, heads_k) in ((4, 2), (8, 2), (4, 1)) and HEADS in of_k)
+
+
 def of_one_head(group: Any) -> float:
     torch.manual_seed(2)
     x = Inputs(*(torch.randn(4, 10, 8, dtype=torch.float64) for _ in range(4)), torch.randn(4, 10).double(),

@@ -380,3 +380,18 @@ def test_memory_grows_with_length_not_its_square(way: str, names: list[str]) -> 
     for line in done.stdout.splitlines():
         assert int(line.split()[1]) < held + 40 * 1024, line
     assert len(done.stdout.splitlines()) == len(names)
+
+
+def test_a_mask_that_hides_nothing_of_a_head_leaves_it_alone() -> None:
+    # the head before it in the group has rows without keys
+    q, k, v = torch.randn(1, 2, 40, 8), torch.randn(1, 1, 40, 8), torch.randn(1, 1, 40, 8)
+    mask = torch.ones(1, 2, 40, 40, dtype=torch.bool)
+    mask[:, 0, :5] = False
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, lse = flash_attention(*leaves, mask=mask, return_lse=True)
+    alone, lse_alone = flash_attention(q[:, 1:], k, v, return_lse=True)
+    torch.testing.assert_close(lse[:, 1:], lse_alone)
+    torch.testing.assert_close(o[:, 1:], alone)
+    got = torch.autograd.grad(o[:, 1:].square().sum(), leaves)
+    want = torch.autograd.grad(alone.square().sum(), leaves)
+    torch.testing.assert_close(got, want)

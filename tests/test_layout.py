@@ -127,6 +127,7 @@ ARROWS = {
     # a call of ring_attention, what serves it, as torch sees it, and what the user calls
     "flash.ring_call": (
         "flash.kernels.spec",
+        "flash.dispatch",
         "flash.checks",
         "flash.problem",
         "flash.parts",

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flash.attention import flash_attention
 from flash.ring import ring_attention, shard, unshard
 from flash.shards import SHARDINGS
 from tests import features
@@ -190,8 +191,6 @@ def test_twenty_runs_end(team: Team) -> None:
 def half_errors(group: Any, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Root mean square errors against float64: of shards, and of one device in the same dtype."""
     torch.manual_seed(3)
-    from flash.attention import flash_attention
-
     wide = [torch.randn(1, 4, 256, 32).to(dtype).double() for _ in range(4)]
     found = []
     for kind in ("exact", "whole", "parts"):
@@ -231,3 +230,43 @@ def test_interpreted_kernels_serve_the_ring(team: Team, names: tuple[str, ...]) 
     pytest.importorskip("triton")
     args = names, SIZES._replace(heads_k=2), {"method": "ring", "sharding": "zigzag"}, "triton"
     assert_close(team.run(beside_one_device, *args, ranks=2))
+
+
+def rows_of_one(group: Any, name: str, method: str) -> float:
+    """One row a rank, or none, whose row of a mask or bias looks like one for all."""
+    torch.manual_seed(8)
+    total, rank = 2, group.rank()
+    q, k, v = torch.randn(1, 4, total, 8), torch.randn(1, 4, 16, 8), torch.randn(1, 4, 16, 8)
+    whole = torch.rand(1, 1, total, 16) < 0.5 if name == "mask" else torch.randn(1, 4, total, 16)
+    want = flash_attention(q, k, v, **{name: whole})[:, :, rank : rank + 1]
+    parts = (x[:, :, rank : rank + 1] for x in (q, whole))
+    q, own = parts
+    k, v = (shard(x, group=group) for x in (k, v))
+    got = ring_attention(q, k, v, group=group, method=method, **{name: own})
+    return float((got - want).abs().max()) if got.numel() else 0.0
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+@pytest.mark.parametrize("method", ["auto", "ring", "all_gather"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_one_row_of_a_mask_is_not_taken_for_all(team: Team, name: str, method: str, ranks: int) -> None:
+    assert max(team.run(rows_of_one, name, method, ranks=ranks)) < 1e-5
+
+
+def loss_of_lse(group: Any, method: str) -> float:
+    """lse in the loss of the last rank only, and on the others o alone."""
+    torch.manual_seed(2)
+    whole = [torch.randn(1, 4, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    parts = [shard(x.detach(), group=group).clone().requires_grad_() for x in whole]
+    o, lse = flash_attention(*whole, return_lse=True)
+    rows = slice(16 - 16 // group.size(), 16)
+    (o.sum() + lse[:, :, rows].sum()).backward()
+    o, lse = ring_attention(*parts, group=group, method=method, return_lse=True)
+    (o.sum() + (lse.sum() if group.rank() == group.size() - 1 else 0.0)).backward()
+    pairs = zip(parts, whole, strict=True)
+    return max(float((x.grad - shard(y.grad, group=group)).abs().max()) for x, y in pairs)  # type: ignore[operator, arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lse_may_be_in_the_loss_of_some_ranks(team: Team, method: str) -> None:
+    assert max(team.run(loss_of_lse, method, ranks=4)) < 1e-12

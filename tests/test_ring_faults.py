@@ -41,7 +41,7 @@ DIFFERENT: dict[str, tuple[Callable[[], tuple[list[torch.Tensor], dict[str, Any]
     "q_offset": (lambda: (tensors(), {"q_offset": 2}), "q_offset must"),
     "scale": (lambda: (tensors(), {"scale": 0.5}), "scale must .* 0.5 on rank 1"),
     "softcap": (lambda: (tensors(), {"softcap": 3.0}), "softcap must"),
-    "sinks": (lambda: (tensors(), {"sinks": torch.zeros(4)}), r"sinks must .* float32 of shape \[4\] on rank 1"),
+    "sinks": (lambda: (tensors(), {"sinks": torch.zeros(4)}), r"sinks .* float32 of shape \[4\], values \w+ on rank 1"),
     "alibi_slopes": (lambda: (tensors(), {"alibi_slopes": torch.zeros(4)}), "alibi_slopes must"),
     "mask": (lambda: (tensors(), {"mask": torch.ones(16, dtype=torch.bool)}), "mask must be alike"),
     "bias": (lambda: (tensors(), {"bias": torch.ones(8, 16)}), r"bias must .* \[1, 1, seqlen_q or 1, 16\]"),
@@ -56,6 +56,7 @@ DIFFERENT: dict[str, tuple[Callable[[], tuple[list[torch.Tensor], dict[str, Any]
     "gradients": (lambda: ([x.requires_grad_() for x in tensors()], {}), "what requires grad must .* got nothing on "
                   "ranks 0, 2 and q, k, v on rank 1"),
     "packed": (lambda: (tensors(8, 4, 16), packed(16)), "q's shape must"),
+    "twice": (lambda: (tensors(), {"window": (3, 0), "softcap": 2.0}), "window must .*; softcap must"),
 }  # fmt: skip
 
 
@@ -82,6 +83,80 @@ def test_what_differs_between_ranks_is_named_on_all_of_them(team: Team, name: st
     assert re.search(DIFFERENT[name][1], told[0]), told[0]
 
 
+def values(group: Any, what: str) -> str:
+    """What is said of operands on a CPU whose values differ, or of cu_seqlens that are one tensor on one rank only."""
+    rank, given = group.rank(), tensors()
+    cu = torch.tensor([0, 5, 16], dtype=torch.int32)
+    options: dict[str, Any] = {
+        "sinks": lambda: {"sinks": torch.full((4,), float(rank))},
+        "mods": lambda: {"mask_mod": mods.dilated_window(3 + rank, 2)},
+        "identity": lambda: packed(16) | {"cu_seqlens_q": cu, "cu_seqlens_k": cu if rank else cu.clone()},
+        "lengths": lambda: packed(16) | {"cu_seqlens_q": cu - rank, "cu_seqlens_k": cu},
+    }[what]()
+    if "cu_seqlens_q" in options:
+        given = tensors(8, 4, 16)
+    with pytest.raises(ValueError) as error:
+        ring_attention(*given, group=group, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what, words", [
+    ("sinks", "sinks must be alike on all ranks, got float32 of shape [4], values"), ("mods", "mask_mod must be alike"),
+    ("identity", "cu_seqlens_q being cu_seqlens_k, the same tensor,"), ("lengths", "cu_seqlens_q must be"),
+])  # fmt: skip
+def test_values_on_a_cpu_are_compared(team: Team, what: str, words: str) -> None:
+    for message in team.run(values, what, ranks=2):
+        assert words in message
+
+
+def usual(group: Any) -> bool:
+    keywords: dict[str, Any] = {"causal": False, "dropout_p": 0.0, "backend": "auto", "window": None}
+    return bool(ring_attention(*tensors(), group=group, **(keywords if group.rank() else {})).isfinite().all())
+
+
+def test_what_is_left_out_is_alike_to_what_it_stands_for(team: Team) -> None:
+    assert team.run(usual, ranks=2) == [True, True]
+
+
+def again(group: Any) -> list[str]:
+    """Calls that no backend serves, each followed by one that is served: nothing of the first may be under way."""
+    found = []
+    for _ in range(3):
+        with pytest.raises(NotImplementedError) as error:
+            ring_attention(*tensors(), group=group, backend="hopper", method="ring")
+        found.append(str(error.value))
+        ring_attention(*tensors(), group=group, method="ring")
+    return found
+
+
+def test_a_refusal_leaves_the_group_as_it_was(team: Team) -> None:
+    for found in team.run(again, ranks=3):
+        assert all("'hopper'" in message for message in found)
+
+
+def failing(group: Any) -> float:
+    """An error on all ranks while keys are under way, and the next call."""
+    from flash import dispatch
+
+    forward = dispatch.forward
+
+    def fail(problem: Any) -> Any:
+        raise MemoryError("no memory")
+
+    dispatch.forward = fail
+    try:
+        with pytest.raises(MemoryError):
+            ring_attention(*tensors(), group=group, method="ring")
+    finally:
+        dispatch.forward = forward
+    q = torch.ones(1, 2, 4, 8)
+    return float((ring_attention(q, q, q, group=group, method="ring") - 1).abs().max())
+
+
+def test_an_error_under_way_does_not_meet_the_next_call(team: Team) -> None:
+    assert max(team.run(failing, ranks=3)) < 1e-6
+
+
 # What rank 1 is given that nobody could serve, its own error, and a word of it that the others are told.
 WRONG: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], type[Exception], str]] = {
     "rank": (lambda: (tensors(8, 16), {}), ValueError, "q must have 3 or 4 dimensions"),
@@ -89,6 +164,14 @@ WRONG: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], type[Exce
     "integers": (lambda: ([x.long() for x in tensors()], {}), ValueError, "q must be float16"),
     "window": (lambda: (tensors(), {"window": -1}), ValueError, "window must be >= 0"),
     "keyword": (lambda: (tensors(), {"colour": 1}), TypeError, "has no keyword 'colour'"),
+    "nan": (lambda: (tensors(), {"scale": float("nan")}), ValueError, "scale must be a finite float or None, got nan"),
+    "object": (lambda: (tensors(), {"scale": object()}), ValueError, "scale must be a finite float or None"),
+    "tensor": (lambda: (tensors(), {"scale": torch.tensor(0.5)}), ValueError, "scale must be a finite float or None"),
+    "infinite": (lambda: (tensors(), {"window": (float("inf"), 0)}), ValueError, "window must be an int, a pair"),
+    "sharding": (lambda: (tensors(), {"sharding": "zagzag"}), ValueError, "sharding must be one of"),
+    "method": (lambda: (tensors(), {"method": "rnig"}), ValueError, "method must be one of"),
+    "return_lse": (lambda: (tensors(), {"return_lse": 1}), ValueError, "return_lse must be True or False"),
+    "run_check": (lambda: (tensors(), {"run_check": 1}), ValueError, "run_check must be True or False"),
     "mask": (lambda: (tensors(), {"mask": torch.ones(1, 1, 5, 16) > 0}), ValueError, "mask must broadcast"),
     "float mask": (lambda: (tensors(), {"mask": 3}), ValueError, "mask must be a torch.Tensor"),
     "config": (lambda: (tensors(), {"config": 3}), ValueError, "config must be"),
