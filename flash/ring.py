@@ -364,6 +364,7 @@ class Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, name: str, sharding: str, dim: int) -> torch.Tensor:
         links = Links.named(name)
+        links.warm(x.device)
         shape = ["seqlen" if axis == dim else n for axis, n in enumerate(x.shape)]
         alike = {"x's dtype": name_of(x.dtype), "x's shape": shape, "sharding": sharding, "dim": dim}
         lengths = [length for (length,) in agree(links, x.device, alike, [x.shape[dim]], None)]

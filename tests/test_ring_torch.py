@@ -370,3 +370,24 @@ def order_of_events(group: Any) -> list[str]:
 def test_keys_are_on_their_way_while_a_rank_computes(team: Team) -> None:
     for events in team.run(order_of_events, ranks=3):
         assert events == ["post", "attend", "wait", "post", "attend", "wait", "attend"]
+
+
+@pytest.mark.gpu
+def test_a_group_of_gpus_is_asked_over_nccl(tmp_path: Path) -> None:
+    # one rank: what several do needs several GPUs, and has never been run
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        q, k, v = (x.detach().cuda().requires_grad_() for x in leaves(2, 4, 200, 64))
+        found = []
+        for method in ("ring", "all_gather", "ulysses"):
+            o, lse = ring_attention(q, k, v, method=method, causal=True, dropout_p=0.1, return_lse=True)
+            assert o.isfinite().all() and lse.isfinite().all()
+            o = ring_attention(q, k, v, method=method, causal=True)
+            found.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
+        o = flash_attention(q, k, v, causal=True)
+        want = (o, *torch.autograd.grad(o.square().sum(), (q, k, v)))
+        for got in found:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert torch.equal(unshard(shard(q)), q)
+    finally:
+        dist.destroy_process_group()
