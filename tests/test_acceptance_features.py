@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks
 KEYWORDS = [name for name in features.FEATURES if name not in ("causal", "q_offset", "padding")]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @BOTH
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_is_right_forward_and_backward(place: Place, backend: str, name: str) -> None:

@@ -24,7 +24,7 @@ def same_bits(place: Place, got: Outputs, want: Outputs) -> bool:
     return torch.equal(got.o, want.o) and torch.equal(got.lse, want.lse)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", features.NAMES)
@@ -51,6 +51,7 @@ def test_every_number_of_full_tiles(place: Place, seqlen_k: int, causal: bool) -
     assert same_bits(place, got, calls.forward(x, CLASSIC))
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("names", ["k", "v", "kv"])

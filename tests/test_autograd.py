@@ -23,6 +23,7 @@ def tensors(place: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]
     return [place(x).requires_grad_() for x in qkv(grad=False)]
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("backend", ["torch", INTERPRETED])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 def test_gradients_are_computed_only_where_asked_for(backend: str, wanted: tuple[int, ...], tensors: Any) -> None:
@@ -67,6 +68,7 @@ def test_a_second_derivative_raises(through: str) -> None:
         torch.autograd.grad(dq.pow(2).sum() + o.sum(), do if through == "do" else k)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret(gpu=False))])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_has_no_graph_break_and_the_same_values(dynamic: bool, backend: str) -> None:
@@ -82,6 +84,7 @@ def test_compile_has_no_graph_break_and_the_same_values(dynamic: bool, backend: 
         assert_close(torch.autograd.grad(compiled(q, k, v), (q, k, v)), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
 @pytest.mark.parametrize("head_dim_v", [8, 5])
 def test_o_is_dense_in_the_axis_order_of_q(order: tuple[int, ...], head_dim_v: int) -> None:

@@ -22,6 +22,7 @@ def assert_same(got: Outputs, want: Outputs, note: str = "") -> None:
         assert torch.equal(getattr(got, name), getattr(want, name)), f"{name} {note}"
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
 def test_float64_is_exact_to_the_twelfth_digit(place: Place, head_dim: int, causal: bool) -> None:
@@ -38,7 +39,7 @@ def test_errors_are_those_of_standard_attention(place: Place, dtype: torch.dtype
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_k", [*LENGTHS, 113])
 @pytest.mark.parametrize("seqlen_q", LENGTHS)
@@ -47,6 +48,7 @@ def test_every_length_meets_every_length(place: Place, seqlen_q: int, seqlen_k: 
     check(calls.backward(x), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("q_offset", [-200, -40, -1, 0, 5, 31, 32, 62, 200, 2**40, -(2**40)])
 def test_a_causal_query_sees_the_keys_up_to_its_own_position(place: Place, q_offset: int) -> None:
     x = random_inputs(place, seqlen_q=63, seqlen_k=50, causal=True, q_offset=q_offset)
@@ -70,7 +72,7 @@ def test_a_key_head_gathers_the_gradients_of_its_group(
     check(calls.backward(x), x)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     "head_dim, head_dim_v",
     [(1, 1), (3, 3), (16, 16), (40, 40), (72, 72), (192, 192), (256, 256), (512, 512), (192, 128), (24, 72), (1, 40)],
@@ -82,6 +84,7 @@ def test_any_head_dim(place: Place, head_dim: int, head_dim_v: int, dtype: torch
     check(calls.backward(x, Configs(small, small, small)), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.0, -0.125, 1e-12, 1e-38, 0.1, 3.0, -20.0])
 def test_any_scale(place: Place, scale: float, dtype: torch.dtype) -> None:
@@ -96,6 +99,7 @@ def test_gradients_under_a_huge_scale_are_numbers(place: Place, scale: float) ->
     assert not any(getattr(got, name).isnan().any() for name in GRADIENTS)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("block_m", [16, 32, 64])
 @pytest.mark.parametrize("block_n", [16, 32, 64])
 def test_any_tile(place: Place, block_m: int, block_n: int) -> None:
@@ -169,6 +173,7 @@ def test_a_bad_key_reaches_only_the_rows_that_see_it(place: Place, names: str) -
         assert torch.equal(getattr(got, name)[:, 0], getattr(clean, name)[:, 0]), name
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("seqlen_q, q_offset", [(20, 0), (33, -3), (16, 15), (1, 30)])
 def test_keys_that_no_query_sees_never_show(place: Place, seqlen_q: int, q_offset: int, dtype: torch.dtype) -> None:
@@ -219,6 +224,7 @@ def test_offsets_beyond_32_bits_are_followed(place: Place, device: torch.device,
             assert torch.equal(getattr(got, gradient), getattr(want, gradient)), f"{gradient} with {name} far apart"
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret(gpu=False)  # the interpreter counts the work
 @pytest.mark.parametrize("seqlen_q, seqlen_k, q_offset", [(113, 113, 0), (50, 90, 40), (90, 50, -40), (64, 64, 64)])
 def test_tiles_that_nobody_sees_are_never_loaded(
@@ -275,6 +281,7 @@ def test_a_wrong_gradient_would_be_seen(place: Place) -> None:
     assert complaints(got._replace(dk=got.dk * 1.05), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place_of_value", ["q", "do"])
 def test_a_bad_row_reaches_only_the_keys_it_sees(place: Place, place_of_value: str, value: float) -> None:

@@ -258,6 +258,7 @@ def test_pictures_are_drawn_and_those_of_gpus_say_that_they_are_simulated(
     assert ["Simulated, not measured" in title for title in titles] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_two_ranks_are_checked_timed_and_weighed(tmp_path: Path) -> None:
     job = Job(2, 64, "ring", "zigzag", True, **SMALL)
     found = scale_ranks.times_of([job], 1, 0)
@@ -269,6 +270,7 @@ def test_two_ranks_are_checked_timed_and_weighed(tmp_path: Path) -> None:
     assert all(rate > 0 for _, rate in found["packing"])
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_all_of_them_and_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"rank \d of 2: .*KeyError"):
         scale_ranks.ranks({"kind": "nonsense"}, 2)

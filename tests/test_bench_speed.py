@@ -144,6 +144,7 @@ def test_a_peer_in_a_process_of_its_own_is_checked_and_timed(expected: Any, tmp_
         children.close()
 
 
+@pytest.mark.slow
 def test_a_peer_that_hangs_or_dies_is_recorded_and_passed_over(
     expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +339,7 @@ def quick_run(out: Path, *more: str) -> int:
     return run.main([*arguments, "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_the_suite_runs_from_command_line_to_pictures_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

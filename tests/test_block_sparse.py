@@ -65,7 +65,7 @@ def test_a_block_mask_equals_its_rule(
     check(got, x._replace(options={"mask": visible.to(x.q.device)}))
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @BOTH
 @pytest.mark.parametrize(
     "more", [["causal"], ["window"], ["bias", "alibi_slopes"], ["mask_mod"], ["padding", "sinks"]], ids=str
@@ -128,6 +128,7 @@ def whole_blocks(visible: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
     return seen
 
 
+@pytest.mark.sampled(3, all=True)
 @COUNTED
 @pytest.mark.parametrize("rule", RULES)
 def test_blocks_left_out_are_never_loaded(place: Place, launches: list[Any], rule: str) -> None:
@@ -142,7 +143,7 @@ def test_blocks_left_out_are_never_loaded(place: Place, launches: list[Any], rul
     assert forward.loads["k"] == forward.loads["v"] == int(rows) * 16
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @COUNTED
 @pytest.mark.parametrize("kept", [0, 1, 16, 40, 63, 64])
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -155,6 +156,7 @@ def test_padding_is_never_loaded(place: Place, launches: list[Any], kept: int, s
     hold(launches, keep[:, None, None].expand(2, 1, 50, 64))
 
 
+@pytest.mark.sampled(3, all=True)
 @COUNTED
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("ends", [[20, 50, 90], [16, 32, 96], [1, 2, 90], [90]], ids=str)

@@ -64,6 +64,7 @@ def check(blocks: Blocks, sizes: tuple[int, int], want: torch.Tensor) -> None:
             assert 0 <= min(listed[tuple(at)].tolist()) and max(listed[tuple(at)].tolist()) < len(row)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("lengths", [(200, 200), (150, 37), (64, 128), (1, 200)])

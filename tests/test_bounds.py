@@ -65,6 +65,7 @@ def test_standard_attention_passes(dtype: torch.dtype) -> None:
     bounds.check(bounds.standard(x), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences_are_held_likewise(dtype: torch.dtype) -> None:
     x = packed(dtype)

@@ -63,7 +63,7 @@ def test_float64_is_exact_to_the_twelfth_digit(place: Place, page_size: int | No
     check(run(x, 2), x)
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("splits", [1, 2, 7])
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 @pytest.mark.parametrize("page_size", [None, 3, 16])
@@ -303,6 +303,7 @@ def test_parts_of_so_many_keys_know_nothing_of_the_cache_around_them(place: Plac
         assert equal(got, want), more
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_the_output_is_dense_in_the_querys_axis_order(place: Place, order: tuple[int, ...], splits: int) -> None:

@@ -81,7 +81,7 @@ def test_a_cache_may_be_narrower_than_q(dtype: torch.dtype, stored: torch.dtype)
 
 
 @pytest.mark.interpret
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("names", [*PAIRS, ALL], ids=" + ".join)
 def test_triton_is_the_torch_backend(names: tuple[str, ...], place: Callable[..., torch.Tensor]) -> None:
     here = decode_cases.case(*names, dtype=torch.float32)

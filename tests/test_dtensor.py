@@ -86,7 +86,7 @@ def beside(group: Any, names: tuple[str, ...], of_q: Any, of_k: Any, sizes: Size
     return difference(differentiate(distributed(mesh, of_q, of_k), x), want)
 
 
-@pytest.mark.sampled(10, all=True)
+@pytest.mark.sampled(20, all=True)
 @pytest.mark.parametrize("placed", PLACED)
 @pytest.mark.parametrize("name", NAMES)
 def test_placements_are_served_as_on_one_device(team: Team, name: str, placed: str) -> None:

@@ -52,6 +52,7 @@ def test_sharded_sequence_runs() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_generate_runs() -> None:
     text = run("generate", "--steps", "4", "--count", "20", "--temperature", "1")
     assert "the same tokens: yes" in text

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @BOTH
 @pytest.mark.parametrize("factor", [1.0, 3.0, 5.0, 50.0])
 def test_gradients_of_a_short_tail_are_no_nan(place: Place, backend: str, factor: float) -> None:
@@ -33,7 +33,7 @@ def test_gradients_of_a_short_tail_are_no_nan(place: Place, backend: str, factor
         check(features.run(x, backend), x, saturated=True)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @BOTH
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 def test_strides_of_every_operand_are_followed(place: Place, backend: str, name: str) -> None:
@@ -47,6 +47,7 @@ def test_strides_of_every_operand_are_followed(place: Place, backend: str, name:
             assert a is None or torch.allclose(a, b, rtol=1e-13, atol=1e-13), f"{output}, {name}: {kind}"
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["mask", "bias"])
 @pytest.mark.parametrize("axis", range(4))
@@ -102,7 +103,7 @@ def test_gradients_race_with_nothing(place: Place, names: list[str]) -> None:
             assert a is None or torch.equal(a, b), name
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @BOTH
 @pytest.mark.parametrize("name", ["score_mod", "mask_mod", "bias"])  # the others in test_pairs.py
 def test_the_backward_pass_gets_what_the_forward_pass_got(place: Place, backend: str, name: str) -> None:

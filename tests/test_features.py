@@ -27,7 +27,7 @@ GRADIENTS = ("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks")
 pytestmark = BOTH
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", features.NAMES)
 def test_a_feature_is_within_the_bounds_of_every_dtype(
@@ -44,6 +44,7 @@ def test_a_feature_is_within_the_bounds_of_every_dtype(
             assert gradient.shape == x.options[name].shape and gradient.dtype == x.options[name].dtype
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["bias", "alibi_slopes", "sinks"])
 def test_an_operand_keeps_its_own_dtype(place: Place, backend: str, name: str, own: torch.dtype) -> None:
@@ -54,7 +55,7 @@ def test_an_operand_keeps_its_own_dtype(place: Place, backend: str, name: str, o
     check(got, x)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_a_bias_of_any_broadcast_shape_has_a_gradient_of_its_shape(
     place: Place, backend: str, full: tuple[bool, bool, bool, bool]
@@ -69,7 +70,7 @@ def test_a_bias_of_any_broadcast_shape_has_a_gradient_of_its_shape(
         check(got, x)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("shape", [(20,), (1,), (), (33, 20), (33, 1), (2, 1, 20), (2, 33, 20)], ids=str)
 @pytest.mark.parametrize("name", ["bias", "mask"])
 def test_an_operand_may_leave_out_leading_axes(place: Place, backend: str, name: str, shape: tuple[int, ...]) -> None:
@@ -81,7 +82,7 @@ def test_an_operand_may_leave_out_leading_axes(place: Place, backend: str, name:
     check(got, x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_a_mask_of_any_broadcast_shape(place: Place, backend: str, full: tuple[bool, bool, bool, bool]) -> None:
     sizes = Sizes(batch=2, heads=2, heads_k=1, seqlen_q=33, seqlen_k=20)
@@ -91,7 +92,7 @@ def test_a_mask_of_any_broadcast_shape(place: Place, backend: str, full: tuple[b
     check(features.run(x, backend), x)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("kind", range(7))
 @pytest.mark.parametrize("name", ["bias", "mask"])
 def test_strides_of_an_operand_change_no_bit(place: Place, backend: str, name: str, kind: int) -> None:
@@ -114,6 +115,7 @@ def test_an_expanded_operand_equals_the_narrow_one(place: Place, backend: str) -
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(got, want, strict=True) if a is not None)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("slopes", [(2,), (3, 2)], ids=str)
 @pytest.mark.parametrize("q_offset", [None, -4, 9])
 def test_slopes_of_heads_or_of_each_batch_element(
@@ -126,6 +128,7 @@ def test_slopes_of_heads_or_of_each_batch_element(
     check(got, x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 50.0, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_softcap(place: Place, backend: str, softcap: float, dtype: torch.dtype) -> None:
@@ -181,7 +184,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", ["padding", "bias", "alibi_slopes", "window", "mask_mod"])
 def test_nothing_is_expanded_to_the_square_of_the_length(place: Place, backend: str, name: str) -> None:
     batch, heads, n = (2, 8, 2048) if backend == "torch" else (4, 4, 128)
@@ -259,6 +262,7 @@ def test_three_axes_are_one_head(place: Place, backend: str) -> None:
     assert torch.equal(o, want.o.squeeze(1)) and torch.equal(lse, want.lse.squeeze(1))
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("sizes", [(0, 2, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (2, 2, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", [name for name in features.NAMES if name not in ("packed", "block_mask", "groups")])
 def test_empty_calls_are_served(place: Place, backend: str, name: str, sizes: tuple[int, int, int, int]) -> None:

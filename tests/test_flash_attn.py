@@ -238,6 +238,7 @@ SLICE = [  # seqlen_q, seqlen_k, head_dim, heads_k, dropout_p, and which of caus
 ]
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @pytest.mark.parametrize("case", SLICE, ids=str)

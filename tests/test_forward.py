@@ -33,6 +33,7 @@ def test_errors_are_those_of_standard_attention(place: Place, dtype: torch.dtype
     check(calls.forward(x), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_k", LENGTHS)
 @pytest.mark.parametrize("seqlen_q", LENGTHS)
@@ -67,6 +68,7 @@ def test_groups_of_query_heads_share_a_key_head(place: Place, heads: int, heads_
     check(calls.forward(x), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize(
     "head_dim, head_dim_v",
     [(1, 1), (3, 3), (16, 16), (40, 40), (72, 72), (192, 192), (256, 256), (512, 512), (192, 128), (24, 72), (1, 40)],
@@ -141,6 +143,7 @@ def test_keys_that_no_query_sees_never_show(place: Place, seqlen_q: int, q_offse
     assert torch.equal(got.o, clean.o) and torch.equal(got.lse, clean.lse)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("names", ["k", "v", "kv"])

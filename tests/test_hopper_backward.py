@@ -186,6 +186,7 @@ def test_dq_is_left_out_where_it_is_not_wanted(place: Place, backward: Backward)
     check(got, x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", [0, 1])
@@ -216,6 +217,7 @@ def assert_untouched(got: Outputs, want: Outputs, rows: slice, keys: slice) -> N
 STRANGE = [float("nan"), float("inf"), float("-inf")]
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("names", [("q",), ("do",), ("q", "do")])
@@ -231,6 +233,7 @@ def test_a_strange_query_stays_with_the_keys_it_sees(
     assert got.dk[:, :, :row].isnan().all() and got.dq[:, :, row].isnan().all()
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("names", [("k",), ("v",), ("k", "v")])

@@ -60,6 +60,7 @@ def test_errors_are_those_of_standard_attention(
     check(forward(x), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_k", [1, 32, 37, 128, 150])
@@ -195,6 +196,7 @@ HIDDEN = {
 }
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("head_dim", [64, 96, 256])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -52,7 +52,7 @@ def launched(x: Inputs, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @BOTH
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", ["plain", *features.NAMES])
 def test_tangents_of_every_feature_are_the_oracle_s(place: Place, backend: str, name: str) -> None:
     compare(features.call_of(place, [] if name == "plain" else [name]), backend)
@@ -81,7 +81,7 @@ def test_each_operand_has_a_tangent_of_its_own(place: Place, backend: str, opera
 
 
 @BOTH
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", features.NAMES)
 def test_tangents_and_gradients_are_each_other_s_transpose(place: Place, backend: str, name: str) -> None:
     x = features.call_of(place, [name])
@@ -101,7 +101,7 @@ LENGTHS = [(0, 0), (0, 17), (17, 0), (1, 0), (1, 1), (1, 63), (63, 1), (17, 17),
 
 
 @BOTH
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("names", [[], ["causal", "groups"], ["bias", "softcap"], ["sinks", "dropout_p"], ["packed"]])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tangents_are_as_near_to_the_oracle_as_standard_attention_s(
@@ -120,7 +120,7 @@ def test_tangents_at_every_length(place: Place, backend: str, seqlen_q: int, seq
 
 
 @BOTH
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("hiding", ["causal", "window", "mask", "block_mask", "packed"])
 def test_nan_reaches_the_tangents_of_rows_that_see_it_and_no_others(place: Place, backend: str, hiding: str) -> None:
     names = {"packed", "causal"} if hiding == "packed" else {hiding}
@@ -140,7 +140,7 @@ def test_nan_reaches_the_tangents_of_rows_that_see_it_and_no_others(place: Place
 
 
 @BOTH
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", [name for name in calls.strided(lambda x: x, (1, 1, 1, 1), torch.float32)])
 def test_tangents_of_any_strides_give_the_same_result(place: Place, backend: str, kind: str) -> None:
     x = moved(features.call_of(place, ["causal"], features.SIZES._replace(batch=1)))

@@ -229,6 +229,7 @@ def test_a_derivative_is_refused() -> None:
         flash_attn_with_kvcache(**x)
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("case", CASES[:: len(CASES) // 12], ids=lambda case: ", ".join(map(str, case)))
 def test_triton_kernels_serve_the_grid(case: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:

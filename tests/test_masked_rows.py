@@ -113,7 +113,7 @@ def call(place: Place, means: Means, dtype: torch.dtype, *more: str) -> Inputs:
     return x._replace(options={**x.options, **means(place, dtype)})
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EMPTY_ROWS)
 def test_a_row_without_keys_is_zero(place: Place, backend: str, name: str, dtype: torch.dtype) -> None:
@@ -125,7 +125,7 @@ def test_a_row_without_keys_is_zero(place: Place, backend: str, name: str, dtype
     check(got, x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", EMPTY_ROWS)
 def test_a_row_with_a_sink_alone_has_the_sink_as_lse(place: Place, backend: str, name: str) -> None:
     x = call(place, EMPTY_ROWS[name][0], torch.float64, "sinks")
@@ -136,7 +136,7 @@ def test_a_row_with_a_sink_alone_has_the_sink_as_lse(place: Place, backend: str,
     check(got, x)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", EMPTY_ROWS)
 def test_every_row_may_be_empty_and_no_gradient_is_strange(place: Place, backend: str, name: str) -> None:
     x = call(place, EMPTY_ROWS[name][0], torch.float64, "alibi_slopes", "softcap")
@@ -147,7 +147,7 @@ def test_every_row_may_be_empty_and_no_gradient_is_strange(place: Place, backend
     assert all(t is None or (t == 0).all() for t in got[2:])
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("strange", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", UNSEEN_KEYS)
 def test_what_no_query_may_see_never_shows(place: Place, backend: str, name: str, strange: float) -> None:
@@ -166,7 +166,7 @@ def test_what_no_query_may_see_never_shows(place: Place, backend: str, name: str
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), output
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", UNSEEN_KEYS)
 def test_what_no_query_may_see_never_shows_in_narrow_types(
@@ -186,7 +186,7 @@ def test_what_no_query_may_see_never_shows_in_narrow_types(
             assert torch.equal(a, b) if backend == "triton" else torch.allclose(a, b, rtol=2e-2, atol=2e-2), output
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["mask", "causal", "bias of -inf", "block_mask"])
 def test_a_bad_key_reaches_only_the_rows_that_see_it(place: Place, backend: str, name: str) -> None:
     x = call(place, EMPTY_ROWS[name][0], torch.float64)

@@ -115,6 +115,7 @@ def lengths_of(mod: MaskMod) -> list[tuple[int, int]]:
     return [(20, 20), (13, 20), (19, 7), (1, 1)]
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("turned", [False, True])

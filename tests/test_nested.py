@@ -70,6 +70,7 @@ def placed(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: move(x) for name, x in options.items()}
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_a_nested_call_is_the_packed_one_and_its_gradient_too(name: str, backend: str, device: torch.device) -> None:

@@ -53,6 +53,7 @@ def opcheck(problem: Problem, every_need: list[list[bool]], layout: Callable[...
         torch.library.opcheck(torch.ops.flash.jvp.default, (*tangents, q, k, v, o, lse, operands, *call))
 
 
+@pytest.mark.sampled(3, all=True)
 @pytest.mark.parametrize(
     "layout",
     [

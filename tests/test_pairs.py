@@ -27,7 +27,7 @@ def test_a_pair_of_features_passes_gradcheck(place: Place, backend: str, pair: t
 SAMPLED = [pytest.param(pair, marks=[pytest.mark.slow] if n % 4 else []) for n, pair in enumerate(features.PAIRS)]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @BOTH
 @pytest.mark.parametrize("pair", SAMPLED, ids="-".join)
 def test_a_pair_of_features_is_right_in_value_and_in_slope(place: Place, backend: str, pair: tuple[str, str]) -> None:

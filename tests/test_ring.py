@@ -58,7 +58,7 @@ def test_all_keywords_at_once_are_those_of_one_device(team: Team, packed: bool) 
     assert_close(team.run(beside_one_device, names, SIZES, {"sharding": "zigzag", "method": "ring"}, ranks=4))
 
 
-@pytest.mark.sampled(4, all=True)
+@pytest.mark.sampled(8, all=True)
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (2, 3), (5, 40), (40, 5), (0, 7), (7, 0), (33, 33), (64, 64)])
 def test_lengths_need_not_divide_by_the_ranks(team: Team, seqlen_q: int, seqlen_k: int, sharding: str) -> None:

@@ -26,6 +26,7 @@ def test_a_share_is_every_nth_and_never_none(share: int) -> None:
     assert len(drawn(items("test_y"), share)) == 1
 
 
+@pytest.mark.slow
 def test_half_a_run_has_every_test_and_half_the_parameters() -> None:
     found = []
     for share in (1, 2):

@@ -216,6 +216,7 @@ def runner(job: str) -> worker.Outcome:
     return {"status": "ok", "ms": float(len(job))}
 
 
+@pytest.mark.slow
 def test_child_that_crashes_or_hangs_costs_only_its_own_job() -> None:
     child = worker.Worker("tests.test_sweep:runner", timeout=20)
     try:

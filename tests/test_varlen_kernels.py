@@ -29,7 +29,7 @@ def mixes() -> list[tuple[tuple[int, int], ...]]:
     return [*found, ((0, 0),) * 4, ((0, 0), (17, 17), (0, 0), (0, 0)), ((17, 0), (0, 17), (17, 0), (0, 17))]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @BOTH
 @pytest.mark.parametrize("lengths", mixes(), ids=str)
 def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tuple[int, int], ...]) -> None:
@@ -45,7 +45,7 @@ def test_zero_lengths_in_any_place(place: Place, backend: str, lengths: tuple[tu
             assert got.dk is not None and (got.dk[end_k - m : end_k] == 0).all()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @BOTH
 @pytest.mark.parametrize(
     "names", [[name] for name in features.FEATURES] + [["causal", "window", "bias", "groups"]], ids=str
@@ -84,6 +84,7 @@ def test_a_function_sees_the_indices_of_the_sequence(place: Place, backend: str)
     check(features.run(x, backend, SMALL), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @BOTH
 @pytest.mark.parametrize("extra", [1, 20])
 def test_rows_of_no_sequence_are_zero(place: Place, backend: str, extra: int) -> None:
@@ -112,6 +113,7 @@ def test_errors_are_those_of_standard_attention(
     check(features.run(x, backend), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @BOTH
 @pytest.mark.parametrize("longest", [0, 1, 5, 10**6])
 def test_the_longest_length_is_not_trusted(place: Place, backend: str, longest: int) -> None:

@@ -32,7 +32,7 @@ def window_of(left: Side, right: Side) -> Any:
     return left if left == right else (left, right)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @BOTH
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True])
@@ -52,7 +52,7 @@ def test_the_support_of_each_row_is_the_window_s(
         assert torch.equal((o[0, 0] > 0).cpu(), want), (left, right)
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18)
 @BOTH
 @pytest.mark.parametrize("q_offset", [-40, -7, 0, 11, 60, 2**40, torch.tensor([3, -9])], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
@@ -69,7 +69,7 @@ def test_a_window_moves_with_the_position(place: Place, backend: str, q_offset: 
 SIZES = [(20, 50), (50, 20), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((40, 40), (1, 50)))]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @BOTH
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SIZES)
 @pytest.mark.parametrize("left, right", EDGES)
@@ -83,6 +83,7 @@ def test_gradients_under_a_window(
     check(features.run(x, backend), x)
 
 
+@pytest.mark.sampled(3, all=True)
 @BOTH
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("left, right, q_offset", [(3, 2, 20), (0, 0, 16), (5, 0, 0), (0, 9, 40), (70, None, 90)])
@@ -133,6 +134,7 @@ def test_with_causal_nothing_after_the_query_is_seen(place: Place, backend: str)
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(got, want, strict=True) if a is not None)
 
 
+@pytest.mark.sampled(3, all=True)
 @BOTH
 @pytest.mark.parametrize("window", [2**31, (2**40, 3), (3, 2**62)])
 def test_a_window_beyond_32_bits_is_a_wide_one(place: Place, backend: str, window: Any) -> None:
@@ -151,7 +153,7 @@ def counted(x: calls.Inputs, launches: list[Any], visible: torch.Tensor) -> None
         assert launch.dots == dots * calls.visible_tiles(visible, config.block_m, config.block_n), kernel
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.interpret(gpu=False)  # the interpreter counts the work
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("left, right", EDGES[::2])
@@ -173,7 +175,7 @@ def test_tiles_outside_the_window_are_never_visited(
     counted(x, launches, band(seqlen_q, seqlen_k, q_offset, left, right, causal))
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [(7, 7), (20, 0), (None, 5)], ids=str)
