@@ -256,6 +256,7 @@ def alone(group: Any, what: str, where: int) -> tuple[str, float]:
 def test_a_rank_that_is_gone_or_silent_is_an_error_within_the_time_out(tmp_path: Path, what: str, where: int) -> None:
     team = Team(tmp_path, size=3, timeout=TIMEOUT)
     try:
+        team.run(rank_of, ranks=3)  # all of them are there, before one goes
         team.start(alone, what, where, ranks=3)
         for rank in (0, 2):
             (message, took), error = team.answer(rank)
