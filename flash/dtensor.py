@@ -28,7 +28,7 @@ from .checks import check_block_mask
 from .kernels.spec import dense_like
 from .parts import Extent, Extents, mod_of_part, starting, within_blocks
 from .problem import Problem
-from .ring import attend_shards
+from .ring import attend_shards, shaped
 
 BATCH, HEADS, ROWS = "batch", "heads", "rows"  # what an axis is
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k")
@@ -298,10 +298,7 @@ def alone(
         block_q, block_k = sizes_of(block_mask, *sizes[2:])
         problem = within_blocks(problem, blocks_of(block_mask, *sizes), (index(block_q), index(block_k)))
     problem = starting(problem, 0 if packed else extents.batch.start, extents.heads.start, 0 if packed else rows.start)
-    o, lse = attend(replace(problem, mods=problem.mods._replace(seed=seed)))
-    if packed:
-        o, lse = o.squeeze(0).transpose(0, 1), lse.squeeze(0)
-    return (o.squeeze(1), lse.squeeze(0 if packed else 1)) if problem.one_head else (o, lse)
+    return shaped(*attend(replace(problem, mods=problem.mods._replace(seed=seed))), q.dim(), packed)
 
 
 def whole_of(o: torch.Tensor, lse: torch.Tensor, q: Any, v: Any, axes: Axes) -> tuple[Any, Any]:
