@@ -30,6 +30,8 @@ def as_bytes(target: str, kernel: str, variant: Variant, stored: Stored) -> bool
 
 def arguments(target: str, kernel: str, variant: Variant, stored: Stored) -> dict[str, Any]:
     """What parameters of the kernels are given, by name, besides those that all kernels know."""
+    from flash.kernels.cache import Extent
+    from flash.kernels.decode import Lengths, Walk
     from flash.kernels.rotary import Angles, Turn
 
     acc = "fp64" if variant.dtype == "float64" else "fp32"
@@ -51,17 +53,18 @@ def arguments(target: str, kernel: str, variant: Variant, stored: Stored) -> dic
     if stored.pairs:
         tables = pointer("fp32"), pointer("fp32")
         angles = Angles(*tables, stride, one, stride, one, stride)
-    counts = ("slots", "pages", "capacity", "apart", "new", "splits", "keys")
+    turn = Turn(stored.pairs, stored.interleaved)
     constants = {
-        "turn": Turn(stored.pairs, stored.interleaved),
+        "turn": turn,
         "PAGE": stored.page,
-        "ALIKE": stored.alike,
-        "SEVERAL": stored.several,
+        "walk": Walk(turn, stored.page, stored.alike, stored.several),
     }
     found = {
         **dict.fromkeys(("cache", "caches"), held),
         "angles": angles,
-        **dict.fromkeys(counts, Leaf("i32")),
+        **dict.fromkeys(("new", "heads", "seqlen_q", "splits"), Leaf("i32")),
+        "extent": Extent(*[Leaf("i64")] * len(Extent._fields)),
+        "lengths": Lengths(*[Leaf("i64")] * len(Lengths._fields)),
         **{name: Leaf("constexpr", value) for name, value in constants.items()},
         **dict.fromkeys(("parts", "lses"), pointer(acc)),
     }

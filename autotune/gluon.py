@@ -8,6 +8,7 @@ from typing import Any
 
 from flash.kernels.spec import Config
 
+from .leaf import NONE, Leaf, pointer
 from .space import Variant
 
 KERNELS = ("hopper_forward", "hopper_backward", "hopper_dkdv", "hopper_convert")  # dkdv: the backward without dq
@@ -81,6 +82,20 @@ def descriptors(kernel: str, variant: Variant, config: Config) -> dict[str, str]
         "v_desc": descriptor(variant.dtype, config.block_n, columns_v),
         "o_desc": descriptor(variant.dtype, 64, columns_v),
     }
+
+
+def arguments(kernel: str, config: Config, wide: Any, wide_v: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """What parameters of the kernels are given besides descriptors and what all kernels know."""
+    from flash.kernels import hopper_backward, hopper_forward
+
+    number, single = Leaf("i64"), Leaf("fp32")
+    slots = config.num_stages
+    if kernel == "hopper_forward":
+        given: Any = hopper_forward.Given(number, number, single, single)
+        return {"sources": hopper_forward.Sources(wide, wide_v), "given": given, "SLOTS": Leaf("constexpr", slots)}
+    given = hopper_backward.Given(NONE if kernel == "hopper_dkdv" else pointer("fp32"), single)
+    static = hopper_backward.Static(constants["spec"], constants["shape"], slots)
+    return {"given": given, "static": Leaf("constexpr", static)}
 
 
 def candidates(kernel: str, head_dim: int, causal: bool) -> tuple[Config, ...]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flash.kernels.spec import Blocks, Config, Operands, Shape, Sizes, Spans, Spec, View
+from flash.kernels.spec import Blocks, Config, Gradients, Operands, Shape, Sizes, Spans, Spec, Tangents, View
 
 from . import cached, gluon
 from .leaf import NONE, TYPES, Leaf, pointer, view
@@ -194,15 +194,17 @@ def _specialise(
 
 def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> dict[str, Any]:
     """What each parameter of the kernels is given, as a tree of Leaf."""
+    from flash.kernels.bias import Sums
+
     dtype, acc = TYPES[variant.dtype], "fp64" if variant.dtype == "float64" else "fp32"
     wide, wide_v = (view(dtype, head_dim % 16 == 0) for head_dim in (variant.head_dim, variant.head_dim_v))
     one, stride = Leaf("constexpr", 1), Leaf("i32")
+    number: Any = Leaf("i64")  # as `launch.coded` makes it
     rows = pointer(acc)
     precision = "tf32x3" if variant.dtype == "float32" and target.startswith("cuda:") else "ieee"
     padded: Any = [max(16, 1 << (d - 1).bit_length()) for d in (variant.head_dim, variant.head_dim_v)]
-    described: dict[str, str] = {}
     if kernel in gluon.KERNELS:
-        padded, described = gluon.padded(variant), gluon.descriptors(kernel, variant, config)
+        padded = gluon.padded(variant)
     operands, chosen = _features(variant)
     if kernel == "jvp":  # whatever has a tangent brings one
         tangents = {f"{name}_tangent": getattr(operands, name) for name in ("bias", "slopes", "sinks")}
@@ -211,26 +213,26 @@ def _arguments(kernel: str, target: str, variant: Variant, config: Config) -> di
     shape = Shape(variant.group, variant.head_dim, variant.head_dim_v, *padded)
     constants = {"spec": spec, "shape": shape, "AHEAD": config.ahead}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    stored = {} if variant.stored is None else cached.arguments(target, kernel, variant, variant.stored)
+    shares = rows if "alibi" in variant.features else NONE
+    keys = Gradients(NONE, wide, wide_v, NONE, NONE, NONE)
+    queries = Gradients(wide, NONE, NONE, NONE, shares, NONE)
+    own = {} if variant.stored is None else cached.arguments(target, kernel, variant, variant.stored)
+    if kernel in gluon.KERNELS:
+        own = gluon.arguments(kernel, config, wide, wide_v, constants)
+        own |= {name: Leaf(type) for name, type in gluon.descriptors(kernel, variant, config).items()}
     return {
-        **dict.fromkeys(("q", "k", "dq", "dk", "tq", "tk"), wide),
-        **dict.fromkeys(("v", "o", "do", "dv", "tv", "to"), wide_v),
-        **{name: Leaf(type) for name, type in described.items()},
-        **{"keys": wide, "values": wide_v, "SLOTS": Leaf("constexpr", config.num_stages)},
-        **dict.fromkeys(("blocks", "section"), Leaf("i32")),
-        **dict.fromkeys(("lse", "delta", "tlse"), rows),
-        "sums": NONE if kernel == "hopper_dkdv" else rows,
-        "dbias": view(acc, True),
+        **dict.fromkeys(("q", "k", "dq"), wide),
+        **dict.fromkeys(("v", "o", "do"), wide_v),
+        **dict.fromkeys(("lse", "delta"), rows),
+        "sums": Sums(view(acc, True), *6 * [number]) if kernel == "dbias" else rows,
+        "grads": keys if kernel == "dkdv" else queries,
+        "tangents": Tangents(wide, wide, wide_v, wide_v, rows),
         "dlse": View(rows, stride, stride, one, one) if variant.dlse else NONE,
-        "dslopes": rows if "alibi" in variant.features else NONE,
         "mods": operands,
-        **dict.fromkeys(
-            (*Sizes._fields, "bias_batch", "bias_heads", "bias_q", "bias_k", "pairs", "strips"), Leaf("i32")
-        ),
-        "scale": Leaf("fp32" if kernel == "hopper_forward" else "fp64"),
-        "unit": Leaf("fp32"),
+        "sizes": Sizes(*len(Sizes._fields) * [number]),
+        "scale": Leaf("fp64"),
         **{name: Leaf("constexpr", value) for name, value in constants.items()},
-        **stored,
+        **own,
     }
 
 

@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles()
-SLICE = 2  # tiles on the diagonal are walked in pieces of half the size
+SLICE: tl.constexpr = tl.constexpr(2)  # tiles on the diagonal are walked in pieces of half the size
 
 
 @triton.jit
@@ -91,10 +91,11 @@ def delta_kernel(o, do, delta, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def walk_queries(
-    dk, dv, k_tile, v_tile, q, do, lse, delta, col, start, stop,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, do, lse, delta, col, start, stop, BLOCK_M: tl.constexpr, DIAGONAL: tl.constexpr
 ):  # fmt: skip
     """Take in the queries from start to stop: (dk [N, D], dv [N, D]), dk without its factor."""
+    BLOCK_N: tl.constexpr = k_tile.shape[0]
+    HEAD_DIM: tl.constexpr = k_tile.shape[1]
     dims = tl.arange(0, HEAD_DIM)
     for row in tl.range(start, stop, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
@@ -132,10 +133,13 @@ def walk_keys_back(
 @triton.jit
 def backward_kernel(
     q, k, v, do, lse, delta, dq, dk, dv, scale, seqlen,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, SLICE: tl.constexpr,
-    BLOCK_M1: tl.constexpr, BLOCK_N1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, tiles: tl.constexpr,
 ):  # fmt: skip
     """Pointers to [batch * heads, seqlen, head_dim]; k times scale log2(e). Block x of both kinds has as many rows."""
+    BLOCK_M1: tl.constexpr = tiles.dkdv[0]
+    BLOCK_N1: tl.constexpr = tiles.dkdv[1]
+    BLOCK_M2: tl.constexpr = tiles.dq[0]
+    BLOCK_N2: tl.constexpr = tiles.dq[1]
     head = tl.program_id(1).to(tl.int64)
     origin = head * seqlen * HEAD_DIM
     q, k, v, do = q + origin, k + origin, v + origin, do + origin
@@ -151,25 +155,9 @@ def backward_kernel(
     if CAUSAL:
         row = col + BLOCK_N1
         dk_acc, dv_acc = walk_queries(
-            dk_acc,
-            dv_acc,
-            k_tile,
-            v_tile,
-            q,
-            do,
-            lse,
-            delta,
-            col,
-            col,
-            row,
-            HEAD_DIM,
-            BLOCK_M1 // SLICE,
-            BLOCK_N1,
-            True,
+            dk_acc, dv_acc, k_tile, v_tile, q, do, lse, delta, col, col, row, BLOCK_M1 // SLICE, True
         )
-    dk_acc, dv_acc = walk_queries(
-        dk_acc, dv_acc, k_tile, v_tile, q, do, lse, delta, col, row, seqlen, HEAD_DIM, BLOCK_M1, BLOCK_N1, False
-    )
+    dk_acc, dv_acc = walk_queries(dk_acc, dv_acc, k_tile, v_tile, q, do, lse, delta, col, row, seqlen, BLOCK_M1, False)
     tl.store(dk + origin + at, (dk_acc * scale).to(k_tile.dtype))
     tl.store(dv + origin + at, dv_acc.to(v_tile.dtype))
 
@@ -250,8 +238,7 @@ class TutorialAttention(torch.autograd.Function):
         delta_kernel[(batch * heads * seqlen // block,)](o, do, delta, HEAD_DIM=head_dim, BLOCK_M=block)
         backward_kernel[seqlen // tiles.dkdv[1], batch * heads](
             q, k * (scale * LOG2E), v, do, lse, delta, dq, dk, dv, scale, seqlen,
-            HEAD_DIM=head_dim, CAUSAL=ctx.causal, SLICE=SLICE,
-            BLOCK_M1=tiles.dkdv[0], BLOCK_N1=tiles.dkdv[1], BLOCK_M2=tiles.dq[0], BLOCK_N2=tiles.dq[1],
+            HEAD_DIM=head_dim, CAUSAL=ctx.causal, tiles=tiles,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         return dq, dk, dv, None, None

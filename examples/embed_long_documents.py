@@ -16,7 +16,6 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from examples.train_char_lm import memory
 from flash.integrations.transformers import enable
 
 ATTENTIONS = ("standard", "flash")
@@ -54,18 +54,6 @@ def embed(model: BertModel, batch: list[Tensor]) -> Tensor:
         hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
     return F.normalize(mean, dim=-1)
-
-
-def memory(device: str) -> tuple[int, int] | None:
-    """Bytes held now and at most so far; None where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    now, most = (1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-    return now, most
 
 
 def run(attention: str, device: str, lengths: tuple[int, ...], min_seqlen: int) -> Run:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash import fallback
 from flash.kernels.spec import Cache, Mods, Positions, Rotary, Spec, accumulator_dtype, dense_like
+from flash.rotary import turned
 from flash.tiling import cut
 
 
@@ -66,7 +67,7 @@ def decode(
             continue
         own = q[at.b : at.b + 1]
         if rotary is not None:
-            own = turned(own, start - at.pad, rotary)
+            own = turned(own, following(own, start - at.pad), rotary)
         keys, values = (gathered(x, places) for x in (cache.k, cache.v))
         # scaled, they may be nothing that q's dtype holds
         dtype = q.dtype if cache.k_scale is None and cache.v_scale is None else lse.dtype
@@ -91,7 +92,7 @@ def append(k: Tensor, v: Tensor, cache: Cache, rotary: Rotary | None) -> None:
     for at in sequences(cache, k.shape[2]):
         own = k[at.b : at.b + 1]
         if rotary is not None:
-            own = turned(own, at.length - at.pad, rotary)
+            own = turned(own, following(own, at.length - at.pad), rotary)
         for x, store, factor in ((own, cache.k, cache.k_scale), (v[at.b : at.b + 1], cache.v, cache.v_scale)):
             rows = bits(stored(x, factor, at.b, store.dtype))[0]
             if cache.table is None:
@@ -165,19 +166,6 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
-def turned(x: Tensor, start: int, rotary: Rotary) -> Tensor:
-    """x [1, heads, rows, d] at positions start ..., those below 0 as 0, its pairs turned; NaN past the tables' end."""
-    wide = accumulator_dtype(x)
-    positions = torch.arange(start, start + x.shape[2], device=x.device).clamp_(min=0)
-    known = (positions < rotary.cos.shape[0]).unsqueeze(1)
-    positions = positions.clamp_(max=rotary.cos.shape[0] - 1)
-    cos, sin = (y[positions].to(wide).where(known, float("nan")) for y in (rotary.cos, rotary.sin))
-    pairs = cos.shape[1]
-    one, other = slice(0, pairs), slice(pairs, 2 * pairs)
-    if rotary.interleaved:
-        one, other = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    y = x.to(wide, copy=True)
-    a, b = x[..., one].to(wide), x[..., other].to(wide)
-    y[..., one] = a * cos - b * sin
-    y[..., other] = a * sin + b * cos
-    return y.to(x.dtype)
+def following(x: Tensor, start: int) -> Tensor:
+    """Positions start ... of the rows of x [1, heads, rows, d]: [1, rows]."""
+    return torch.arange(start, start + x.shape[2], device=x.device)[None]

@@ -7,7 +7,7 @@ What a single argument must be is in `flash.checks`; here they come together, an
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -51,6 +51,27 @@ __all__ = [
 ]  # fmt: skip
 
 
+class Options(NamedTuple):
+    """The keywords of `flash.attention.flash_attention` that make a Problem, with their defaults."""
+
+    causal: bool = False
+    window: Window = None
+    q_offset: int | torch.Tensor | None = None
+    scale: float | None = None
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    score_mod: ScoreMod | None = None
+    mask_mod: MaskMod | None = None
+    block_mask: "BlockMask | None" = None
+    deterministic: bool | None = None
+    backend: str = "auto"
+    config: ConfigLike = None
+
+
 @dataclass(frozen=True)
 class Problem:
     """A call of attention, checked and in the form that every backend takes.
@@ -89,49 +110,40 @@ class Problem:
         k: torch.Tensor,
         v: torch.Tensor,
         *,
-        causal: bool = False,
-        window: Window = None,
-        q_offset: int | torch.Tensor | None = None,
-        scale: float | None = None,
-        mask: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        alibi_slopes: torch.Tensor | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        score_mod: ScoreMod | None = None,
-        mask_mod: MaskMod | None = None,
-        block_mask: "BlockMask | None" = None,
         cu_seqlens_q: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
-        deterministic: bool | None = None,
-        backend: str = "auto",
-        config: ConfigLike = None,
+        **keywords: Any,
     ) -> "Problem":
         """Check the arguments of `flash.attention.flash_attention` and build the Problem.
 
-        With any of cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k the call is packed, those of
-        `flash.attention.flash_attention_varlen`.
+        With any of cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k the call is packed, one of
+        `flash.attention.flash_attention_varlen`. keywords are those of `Options`.
 
         Raises:
             ValueError: an argument is wrong.
             TypeError: a user function or a block mask is not one.
             NotImplementedError: an argument asks for what is not served.
         """
+        x = Options(**keywords)
         packed = not (cu_seqlens_q is None and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None)
         q, k, v = autocast(q, k, v)
         q, k, v, one_head = check_tensors(q, k, v, packed)
         device, heads, seqlen_q, seqlen_k = q.device, q.shape[1], q.shape[2], k.shape[2]
-        check_flag("causal", causal)
+        check_flag("causal", x.causal)
+        deterministic = x.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         check_flag("deterministic", deterministic)
-        check_backend(backend)
-        configs = check_config(config, backend)
-        left, right = check_window(window)
-        scale, softcap, dropout_p = check_scale(scale, q.shape[3]), check_softcap(softcap), check_dropout(dropout_p)
+        check_backend(x.backend)
+        configs = check_config(x.config, x.backend)
+        left, right = check_window(x.window)
+        scale, softcap, dropout_p = (
+            check_scale(x.scale, q.shape[3]),
+            check_softcap(x.softcap),
+            check_dropout(x.dropout_p),
+        )
 
         starts_q = starts_k = bad = None
         batch, shape = q.shape[0], (q.shape[0], heads, seqlen_q, seqlen_k)
@@ -140,6 +152,7 @@ class Problem:
             starts_q, starts_k, bad = sequences(cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k)
             shape = (batch, heads, max_seqlen_q, max_seqlen_k)  # type: ignore[assignment]
         offset, offsets = 0, None
+        q_offset = x.q_offset
         if q_offset is not None:
             q_offset = check_q_offset(q_offset, batch, device)
         if isinstance(q_offset, torch.Tensor):
@@ -152,6 +165,7 @@ class Problem:
         else:
             offset = seqlen_k - seqlen_q if q_offset is None else q_offset
 
+        mask, bias, alibi_slopes, sinks = x.mask, x.bias, x.alibi_slopes, x.sinks
         if mask is not None:
             mask = check_mask(mask, shape, one_head, device)
         if bias is not None:
@@ -162,39 +176,40 @@ class Problem:
             alibi_slopes = check_slopes(alibi_slopes, batch, heads, device)
         if sinks is not None:
             sinks = check_sinks(sinks, heads, device)
-        for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        for name, mod in (("score_mod", x.score_mod), ("mask_mod", x.mask_mod)):
             if mod is not None:
                 check_mod(name, mod, shape, device)
         blocks = block_sizes = None
+        block_mask = x.block_mask
         if block_mask is not None:
             check_block_mask(block_mask, (q.shape[0], heads, seqlen_q, seqlen_k), device)
             block_q, block_k = sizes_of(block_mask, seqlen_q, seqlen_k)
             block_sizes = index(block_q), index(block_k)  # which makes constants of symbolic ones
             blocks = blocks_of(block_mask, q.shape[0], heads, seqlen_q, seqlen_k)
 
-        spans = None if packed else spans_of(mask, mask_mod, shape, device)
+        spans = None if packed else spans_of(mask, x.mask_mod, shape, device)
         mods = Mods(
             q_offset=offsets, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, starts_q=starts_q,
-            starts_k=starts_k, bad=bad, blocks=blocks, spans=spans, score_mod=score_mod, mask_mod=mask_mod,
+            starts_k=starts_k, bad=bad, blocks=blocks, spans=spans, score_mod=x.score_mod, mask_mod=x.mask_mod,
         )  # fmt: skip
-        right = None if causal else right  # 0 is tighter
-        banded = causal or left is not None or right is not None
-        hides = mask is not None or bias is not None or mask_mod is not None
+        right = None if x.causal else right  # 0 is tighter
+        banded = x.causal or left is not None or right is not None
+        hides = mask is not None or bias is not None or x.mask_mod is not None
         # a positive scale that float32 holds can wait for the exponent; any other multiplies the score
         raw = True if 1e-30 < scale < 1e30 else False  # a branch, which makes a constant of a symbolic scale
         spec = Spec(
-            causal=causal,
+            causal=x.causal,
             left=left is not None,
             right=right is not None,
             hides=hides or (blocks is not None and (banded or packed)),
             softcap=softcap,
             dropout_p=dropout_p,
             blocks=block_sizes,
-            raw=raw and softcap is None and bias is None and alibi_slopes is None and score_mod is None,
+            raw=raw and softcap is None and bias is None and alibi_slopes is None and x.score_mod is None,
             precision=precision_of(q),
         )
         positions = positions_of(offset, left, right)
-        return cls(q, k, v, mods, spec, scale, positions, backend, configs, one_head, deterministic)
+        return cls(q, k, v, mods, spec, scale, positions, x.backend, configs, one_head, deterministic)
 
 
 def positions_of(offset: int, left: int | None, right: int | None) -> Positions:

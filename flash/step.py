@@ -80,20 +80,11 @@ class Step:
     def of(
         cls,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        given: Cache,
         *,
-        cache_seqlens: torch.Tensor,
-        block_table: torch.Tensor | None = None,
         k: torch.Tensor | None = None,
         v: torch.Tensor | None = None,
-        rotary_cos: torch.Tensor | None = None,
-        rotary_sin: torch.Tensor | None = None,
-        rotary_interleaved: bool = False,
-        cache_batch_idx: torch.Tensor | None = None,
-        cache_leftpad: torch.Tensor | None = None,
-        k_scale: torch.Tensor | None = None,
-        v_scale: torch.Tensor | None = None,
+        rotary: Rotary | None = None,
         causal: bool = True,
         window: Window = None,
         scale: float | None = None,
@@ -107,6 +98,8 @@ class Step:
     ) -> "Step":
         """Check the arguments of `flash.decode.flash_attention_decode` and build the Step.
 
+        Those that say what a cache is come as a Cache and those of rotary embedding as a Rotary, yet unchecked.
+
         Raises:
             ValueError: an argument is wrong.
         """
@@ -118,30 +111,30 @@ class Step:
             q, k, v = autocast(q, k, v)
         check_query(q)
         batch, heads, _, head_dim = q.shape
-        check_caches(q, k_cache, v_cache)
-        heads_k = k_cache.shape[1]
-        slots = slots_of(q, k_cache, v_cache, block_table)
-        check_flag("rotary_interleaved", rotary_interleaved)
+        check_caches(q, given.k, given.v)
+        heads_k = given.k.shape[1]
+        slots = slots_of(q, given.k, given.v, given.table)
         for name, flag in (("causal", causal), ("batch_invariant", batch_invariant)):
             check_flag(name, flag)
-        if cache_batch_idx is None and slots < batch:
-            whose = "k_cache" if block_table is None else "block_table"
+        if given.slots is None and slots < batch:
+            whose = "k_cache" if given.table is None else "block_table"
             raise ValueError(f"{whose} must have a slot for each of q's batch {batch} sequences, got {slots}")
         new = 0
         if k is not None and v is not None:
-            check_appended(q, k, v, k_cache, v_cache)
+            check_appended(q, k, v, given.k, given.v)
             new = k.shape[2]
         cache = Cache(
-            k_cache,
-            v_cache,
-            integers("cache_seqlens", cache_seqlens, q),
-            block_table,
-            None if cache_batch_idx is None else integers("cache_batch_idx", cache_batch_idx, q),
-            None if cache_leftpad is None else integers("cache_leftpad", cache_leftpad, q),
-            None if k_scale is None else factors("k_scale", k_scale, q, heads_k),
-            None if v_scale is None else factors("v_scale", v_scale, q, heads_k),
+            given.k,
+            given.v,
+            integers("cache_seqlens", given.seqlens, q),
+            given.table,
+            None if given.slots is None else integers("cache_batch_idx", given.slots, q),
+            None if given.leftpad is None else integers("cache_leftpad", given.leftpad, q),
+            None if given.k_scale is None else factors("k_scale", given.k_scale, q, heads_k),
+            None if given.v_scale is None else factors("v_scale", given.v_scale, q, heads_k),
         )
-        rotary = rotary_of(q, rotary_cos, rotary_sin, rotary_interleaved)
+        if rotary is not None:
+            check_rotary(q, rotary)
         if alibi_slopes is not None:
             alibi_slopes = check_slopes(alibi_slopes, batch, heads, q.device)
         if sinks is not None:
@@ -272,10 +265,15 @@ def check_appended(
     check_equal("v", "seqlen", v.shape[2], "k", k.shape[2])
 
 
-def rotary_of(q: torch.Tensor, cos: Any, sin: Any, interleaved: bool) -> Rotary | None:
-    """The rotary embedding, or None where there is none."""
-    if cos is None and sin is None:
-        return None
+def rotary_of(cos: Any, sin: Any, interleaved: bool) -> Rotary | None:
+    """The rotary embedding that a call asks for, yet unchecked; None where it asks for none."""
+    check_flag("rotary_interleaved", interleaved)
+    return None if cos is None and sin is None else Rotary(cos, sin, interleaved)
+
+
+def check_rotary(q: torch.Tensor, rotary: Rotary) -> None:
+    """Check the rotary embedding against q."""
+    cos, sin, _ = rotary
     if cos is None or sin is None:
         given = "rotary_cos" if sin is None else "rotary_sin"
         raise ValueError(f"rotary_cos and rotary_sin must be given together, got only {given}")
@@ -290,7 +288,6 @@ def rotary_of(q: torch.Tensor, cos: Any, sin: Any, interleaved: bool) -> Rotary 
             )
     if sin.shape != cos.shape:
         raise ValueError(f"rotary_sin must have shape {list(cos.shape)} like rotary_cos, got {list(sin.shape)}")
-    return Rotary(cos, sin, interleaved)
 
 
 def check_splits(num_splits: Any) -> int:

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache import EXTENT, Extent, Place, factor, listed, pointers, prepare, sequence
+from .cache import Place, extent_of, factor, listed, pointers, prepare, sequence
 from .float8 import encoded
-from .launch import Launched, shape_of, view
+from .launch import Launched, coded, shape_of, view
 from .rotary import angles_of, turned
 from .spec import Cache, Config, Rotary
 from .tile import origin
@@ -38,16 +38,16 @@ def put(x, value, cache_scale, b, h, place, inside, DIM: tl.constexpr):
     tl.store(pointers(x, h, place, dims), value.to(x.ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*EXTENT, "new", "heads"])
+@triton.jit(do_not_specialize=["new", "heads"])
 def append_kernel(
-    k, v, cache, angles, slots, pages, capacity, apart, new, heads, shape: tl.constexpr, turn: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    k, v, cache, angles, extent, new, heads, shape: tl.constexpr, turn: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(heads * new, BLOCK_M)
     b = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     h, t = tl.minimum(row // new, heads - 1), row % new
-    extent = Extent(slots, pages, capacity, apart)
+    extent = extent_of(extent)
     own = sequence(cache, extent, b, new)
     p = own.total - new + t
     given = row < heads * new
@@ -88,5 +88,5 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: Cache, rotary: Rotary | None
     views, extent, page = prepare(cache._replace(**bits))
     angles, turn = angles_of(rotary)
     programs = batch * triton.cdiv(heads * new, TILE.block_m)
-    rest = (view(k), view(v), views, angles, *extent, new, heads, shape_of(k, k, v), turn, page)
+    rest = (view(k), view(v), views, angles, coded(extent), new, heads, shape_of(k, k, v), turn, page)
     return Launched.by(append_kernel, programs, k.device, TILE, *rest)

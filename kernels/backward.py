@@ -13,23 +13,25 @@ Where queries of a tile see different keys, what is not finite in q, k or do is 
 see it have a NaN in ds already, or get one in p, and the others must not get one from 0 * NaN.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import band, bias, score, softmax, tile
-from .launch import LENGTHS, cut, launch, prepare, shape_of, sizes_of, view
-from .spec import Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View, output_dtype
+from .launch import coded, cut, launch, prepare, shape_of, sizes_of, view
+from .spec import Configs, Gradients, Mods, Positions, Site, Spec, output_dtype
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def delta_kernel(
-    o, do, dlse, delta, heads, seqlen_q, seqlen_k, batch, q_offset, left, right,
-    shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    o, do, dlse, delta, sizes, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head; where sequences are packed, no matter whose."""
     ACC: tl.constexpr = delta.dtype.element_ty
-    delta = View(delta, heads.to(tl.int64) * seqlen_q, seqlen_q, 1, 0)
+    heads, seqlen_q = tile.number(sizes.heads), tile.number(sizes.seqlen_q)
+    delta = tile.Rows(delta, heads, seqlen_q)
     block, h, b = tile.locate(tl.cdiv(seqlen_q, BLOCK_M), heads)
     row = block * BLOCK_M
     o_tile = tile.load(o, b, h, row, seqlen_q, shape.head_dim_v, BLOCK_M, shape.block_dv, True).to(ACC)
@@ -41,24 +43,23 @@ def delta_kernel(
     tile.store_rows(delta, total, b, h, row, seqlen_q)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def dkdv_kernel(
-    q, k, v, do, lse, delta, dk, dv, mods, heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
-    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, lse, delta, grads, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N keys of one key head and walks the queries that see them, of every head of the group.
 
     Tiles are kept transposed, [BLOCK_N, BLOCK_M]: p^T and ds^T then enter their products from registers.
     """
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
-    FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
+    sizes = tile.decoded(sizes)
     lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
     LAST_LONGEST: tl.constexpr = spec.left and not (spec.causal or spec.right)  # later keys are seen by more queries
-    col, h_k, b, q0, k0, sizes = tile.place(mods, sizes, heads // shape.group, True, BLOCK_N, 1, LAST_LONGEST)
+    col, h_k, b, q0, k0, sizes = tile.place(mods, sizes, sizes.heads // shape.group, True, BLOCK_N, 1, LAST_LONGEST)
     offset = tile.first_position(mods, sizes, b)
     natural, unit = score.units(scale, spec, ACC)
     j = (col + tl.arange(0, BLOCK_N))[:, None]
@@ -72,7 +73,7 @@ def dkdv_kernel(
     for g in range(shape.group):
         h = h_k * shape.group + g
         run = band.of_queries(col, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
-        for PARTIAL in tl.static_range(FIRST, 2):
+        for PARTIAL in tl.static_range(1 if spec.hides else 0, 2):
             for t in range(band.tiles(run, mods, spec, 0, BLOCK_M, PARTIAL)):
                 row = band.start(run, t, mods, spec, 0, BLOCK_M, PARTIAL)
                 at = Site(b, h, (row + tl.arange(0, BLOCK_M))[None, :], j, offset, q0, k0)
@@ -86,11 +87,11 @@ def dkdv_kernel(
                     keep = score.visible(at, mods, sizes, spec)
                     p = tl.where(keep, p + (delta_row - delta_row), 0.0)  # NaN where do_i is not finite: delta_i is not
                 do_tile = tile.load(do, b, h, q0 + row, row_end, shape.head_dim_v, BLOCK_M, DV, PARTIAL)
-                if dv is not None:
+                if grads.v is not None:
                     values = tile.finite(do_tile) if PARTIAL else do_tile
                     weights = softmax.thinned(p, at, mods, spec).to(values.dtype)
                     dv_acc = tl.dot(weights, values, dv_acc, input_precision=spec.precision, out_dtype=ACC)
-                if dk is not None:
+                if grads.k is not None:
                     dp = tl.dot(v_tile, do_tile.T, input_precision=spec.precision, out_dtype=ACC)
                     ds = p * (softmax.thinned(dp, at, mods, spec) - delta_row)
                     _, dx = score.gradient(ds, qk, at, mods, sizes, scale, spec)
@@ -99,39 +100,33 @@ def dkdv_kernel(
                         q_tile = tile.finite(q_tile)
                     dk_acc = tl.dot(dx.to(q_tile.dtype), q_tile, dk_acc, input_precision=spec.precision, out_dtype=ACC)
 
-    if dk is not None:
+    if grads.k is not None:
         dk_tile = tile.spoiled(score.derivative(dk_acc, scale), mods, b)
-        tile.store(dk, dk_tile, b, h_k, k0 + col, col_end, shape.head_dim)
-    if dv is not None:
-        tile.store(dv, tile.spoiled(dv_acc, mods, b), b, h_k, k0 + col, col_end, shape.head_dim_v)
+        tile.store(grads.k, dk_tile, b, h_k, k0 + col, col_end, shape.head_dim)
+    if grads.v is not None:
+        tile.store(grads.v, tile.spoiled(dv_acc, mods, b), b, h_k, k0 + col, col_end, shape.head_dim_v)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def dq_kernel(
-    q, k, v, do, lse, delta, dq, dslopes, mods, heads, seqlen_q, seqlen_k, batch, q_offset, left, right,
-    scale: tl.float64,
-    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, lse, delta, grads, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head and walks the keys they see, as the forward does.
 
-    dslopes is each query's share in the gradient of its head's slope.
+    grads.alibi_slopes is each query's share in the gradient of its head's slope.
     """
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
+    sizes = tile.decoded(sizes)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
-    FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
     lse, delta = tile.rows_of(lse, mods, sizes), tile.rows_of(delta, mods, sizes)
-    if dslopes is not None:
-        shares = tile.rows_of(dslopes, mods, sizes)
-    LAST_LONGEST: tl.constexpr = spec.causal or spec.right  # later queries see more keys
-    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M, shape.group, LAST_LONGEST)
-    h_k = h // shape.group
-    offset = tile.first_position(mods, sizes, b)
+    if grads.alibi_slopes is not None:
+        shares = tile.rows_of(grads.alibi_slopes, mods, sizes)
+    row, h, b, i, offset, q0, k0, sizes = tile.queries(mods, sizes, spec, shape, BLOCK_M)
+    h_k, row_end = h // shape.group, q0 + sizes.seqlen_q
     natural, unit = score.units(scale, spec, ACC)
-    i = (row + tl.arange(0, BLOCK_M))[:, None]
-    row_end = q0 + sizes.seqlen_q
 
     q_tile = tile.load(q, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
     do_tile = tile.load(do, b, h, q0 + row, row_end, shape.head_dim_v, BLOCK_M, DV, True)
@@ -142,7 +137,7 @@ def dq_kernel(
 
     run = band.of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     end = k0 + run[3]
-    for PARTIAL in tl.static_range(FIRST, 2):
+    for PARTIAL in tl.static_range(1 if spec.hides else 0, 2):
         for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL)):
             col = band.start(run, t, mods, spec, 1, BLOCK_N, PARTIAL)
             at = Site(b, h, i, (col + tl.arange(0, BLOCK_N))[None, :], offset, q0, k0)
@@ -158,16 +153,16 @@ def dq_kernel(
                 keep = score.visible(at, mods, sizes, spec)
                 dx = tl.where(keep, dx, 0.0)
                 k_tile = tile.finite(k_tile)
-            if dslopes is not None:
+            if grads.alibi_slopes is not None:
                 dz = tl.where(keep, dz, 0.0) if PARTIAL else dz
                 slopes_acc -= tl.sum(dz * score.distance(at).to(ACC), 1)
-            if dq is not None:
+            if grads.q is not None:
                 acc = tl.dot(dx.to(k_tile.dtype), k_tile, acc, input_precision=spec.precision, out_dtype=ACC)
 
-    if dq is not None:
+    if grads.q is not None:
         dq_tile = tile.spoiled(score.derivative(acc, scale), mods, b)
-        tile.store(dq, dq_tile, b, h, q0 + row, row_end, shape.head_dim)
-    if dslopes is not None:
+        tile.store(grads.q, dq_tile, b, h, q0 + row, row_end, shape.head_dim)
+    if grads.alibi_slopes is not None:
         tile.store_rows(shares, slopes_acc, b, h, q0 + row, row_end)
 
 
@@ -209,25 +204,29 @@ def backward(
     delta = torch.empty_like(lse)
     operands, spec = prepare(mods, spec)
     sizes, shape = sizes_of(q, k, mods, positions), shape_of(q, k, v)
-    rest = (*sizes, scale, spec, shape)
+    rest = (coded(sizes), scale, spec, shape)
 
-    def views(*tensors: torch.Tensor | None) -> list[object]:
+    def views(*tensors: torch.Tensor | None) -> list[Any]:
         return [None if x is None else view(x, packed) for x in tensors]
 
     # tiles of delta are cut as those of dq: both walk the same rows
     programs = triton.cdiv(q.shape[2], configs.dq.block_m) * q.shape[1] * q.shape[0]
     dlse = None if dlse is None else dlse.unsqueeze(3)
-    launch(delta_kernel, programs, q.device, configs.dq, *views(o, do, dlse), delta, *sizes, shape)
+    launch(delta_kernel, programs, q.device, configs.dq, *views(o, do, dlse), delta, coded(sizes), shape)
     inputs = (*views(q, k, v, do), lse, delta)
     if (dk is not None or dv is not None) and q.shape[1] > 0:
         programs, own = cut(k, mods, operands, True, configs.dkdv.block_n)
-        launch(dkdv_kernel, programs, q.device, configs.dkdv, *inputs, *views(dk, dv), own, *rest)
+        to_k, to_v = views(dk, dv)
+        grads = Gradients(None, to_k, to_v)
+        launch(dkdv_kernel, programs, q.device, configs.dkdv, *inputs, grads, own, *rest)
     if dq is not None or dslopes is not None:
         programs, own = cut(q, mods, operands, False, configs.dq.block_m)
-        launch(dq_kernel, programs, q.device, configs.dq, *inputs, *views(dq), dslopes, own, *rest)
+        (to_q,) = views(dq)
+        grads = Gradients(to_q, None, None, alibi_slopes=dslopes)
+        launch(dq_kernel, programs, q.device, configs.dq, *inputs, grads, own, *rest)
     dbias = None
     if needs.bias:
-        dbias = bias.gradient(inputs, q.device, mods, operands, sizes, (scale, spec, shape), configs.dq)
+        dbias = bias.gradient(inputs, q.device, mods, operands, sizes, rest, configs.dq)
     dalibi_slopes = None if dslopes is None else of_slopes(dslopes, mods)
     dsinks = of_sinks(lse, delta, mods) if needs.sinks else None
     return Gradients(dq, dk, dv, dbias, dalibi_slopes, dsinks)

@@ -7,14 +7,14 @@ programs would be left, `parts` programs share a tile of bias, each with its own
 order afterwards. How many is a matter of shapes alone, and so is every order of summation: no bit depends on chance.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import band, score, softmax, tile
-from .launch import LENGTHS, launch, view
+from .launch import coded, launch, view
 from .spec import Config, Mods, Operands, Site, Sizes
 
 PROGRAMS = 512  # wanted; as many tiles of partial sums are held at most
@@ -22,17 +22,31 @@ STRIPS = 16  # at most, that the queries of one head are dealt out to
 WIDEST = 64  # of a tile: sums of scores take registers beside everything else
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "bias_q", "bias_k", "pairs", "strips"])
+class Sums(NamedTuple):
+    """Where sums go, and how they are shared out."""
+
+    out: Any  # View [parts * batch, heads, rows, cols]
+    batch: Any  # of bias, 1 or all; these and what follows by `launch.coded`
+    heads: Any
+    rows: Any  # seqlen_q or 1
+    cols: Any  # seqlen_k or 1
+    pairs: Any  # (sequence, head) of a part
+    strips: Any  # that their tiles of queries are dealt out to
+
+
+@triton.jit
 def dbias_kernel(
-    q, k, v, do, lse, delta, dbias, mods, bias_batch, bias_heads, bias_q, bias_k, pairs, strips,
-    heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
-    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, lse, delta, sums, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a tile of dbias [parts * bias_batch, bias_heads, seqlen_q or 1, seqlen_k or 1].
+    """One program owns a tile of sums.out.
 
     A part is some (sequence, head) pairs that share an element, and of their tiles of queries every strips-th.
     """
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
+    sizes = tile.decoded(sizes)
+    bias_batch, bias_heads = tile.number(sums.batch), tile.number(sums.heads)
+    bias_q, bias_k = tile.number(sums.rows), tile.number(sums.cols)
+    pairs, strips = tile.number(sums.pairs), tile.number(sums.strips)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
@@ -86,10 +100,10 @@ def dbias_kernel(
                 dz, _ = score.gradient(ds, qk, at, mods, own, scale, spec)
                 acc += tl.where(score.visible(at, mods, own, spec), dz, 0.0)
 
-    base = tile.origin(dbias, part * bias_batch + b_bias, h_bias)
+    base = tile.origin(sums.out, part * bias_batch + b_bias, h_bias)
     i, j = own_row + tl.arange(0, BLOCK_M), own_col + tl.arange(0, BLOCK_N)
     if spec.bias_rows and spec.bias_cols:
-        ptrs = base + (i.to(tl.int64) * dbias.stride_s)[:, None] + j[None, :]
+        ptrs = base + (i.to(tl.int64) * sums.out.stride_s)[:, None] + j[None, :]
         tl.store(ptrs, acc, mask=(i < bias_q)[:, None] & (j < bias_k)[None, :])
     elif spec.bias_rows:
         tl.store(base + i, tl.sum(acc, 1), mask=i < bias_q)
@@ -110,7 +124,7 @@ def gradient(
         device: where they are.
         mods, operands: the operands of the call, as tensors and as kernels take them.
         sizes: lengths of the call.
-        rest: scale, spec and shape.
+        rest: lengths as kernels take them, scale, spec and shape.
         config: the dq kernel's; tiles are at most WIDEST wide.
     """
     bias = mods.bias
@@ -123,7 +137,7 @@ def gradient(
     strips = 1 if rows > 1 else min(STRIPS, max(1, PROGRAMS // max(tiles * groups, 1)))
     parts = groups * strips
     acc = torch.float64 if inputs[4].dtype == torch.float64 else torch.float32
-    sums = bias.new_empty((parts * bias_batch, bias_heads, rows, cols), dtype=acc)
-    counts = (bias_batch, bias_heads, rows, cols, pairs, strips)
-    launch(dbias_kernel, tiles * parts, device, config, *inputs, view(sums), operands, *counts, *sizes, *rest)
-    return torch.empty_like(bias).copy_(sums.view(parts, *bias.shape).sum(0))
+    found = bias.new_empty((parts * bias_batch, bias_heads, rows, cols), dtype=acc)
+    sums = coded(Sums(0, bias_batch, bias_heads, rows, cols, pairs, strips))._replace(out=view(found))
+    launch(dbias_kernel, tiles * parts, device, config, *inputs, sums, operands, *rest)
+    return torch.empty_like(bias).copy_(found.view(parts, *bias.shape).sum(0))

@@ -19,19 +19,16 @@ import triton.language as tl
 from .float8 import decoded
 from .launch import view
 from .spec import Cache, View
-from .tile import FARTHEST
+from .tile import FARTHEST, number
 
 
 class Extent(NamedTuple):
-    """How much a cache holds, known when a kernel runs."""
+    """How much a cache holds, known when a kernel runs; kernels are given it by `launch.coded`."""
 
     slots: Any
     pages: Any  # at least 1; unused without a table
     capacity: Any  # positions of a slot
     apart: Any  # from a slot's list in the table to the next, which other sequences make longer
-
-
-EXTENT = list(Extent._fields)  # never specialised, as launch.LENGTHS
 
 
 class Sequence(NamedTuple):
@@ -56,6 +53,8 @@ def prepare(cache: Cache) -> tuple[Cache, Extent, int]:
     if cache.table is not None and cache.k.shape[0] == 0:  # whatever the table lists is no page
         k, v = (x.new_zeros(1, *x.shape[1:]) for x in (cache.k, cache.v))
         cache = cache._replace(k=k, v=v, table=torch.full_like(cache.table, -1))
+    if cache.table is not None and abs(cache.table.stride(0)) >= 2**31:  # an Extent has 32 bits
+        cache = cache._replace(table=cache.table.contiguous())
     positions = cache.k.shape[2]
     slots, lists = (cache.k.shape[0], 1) if cache.table is None else cache.table.shape
     views = Cache(
@@ -81,6 +80,12 @@ def factors(x: torch.Tensor | None) -> View | None:
         return None
     stride_b, stride_h = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return View(x, stride_b, stride_h, 0, 0)
+
+
+@triton.jit
+def extent_of(x):
+    """The Extent that `launch.coded` made x of."""
+    return Extent(number(x.slots), number(x.pages), number(x.capacity), number(x.apart))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ A bad sequence is NaN (see `cache`): of lies in its table a program knows those 
 between them read the whole of what the sequence may see. Compiled and interpreted, not yet run on a GPU.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,13 +20,32 @@ import triton.language as tl
 
 from . import band, score, softmax, tile
 from . import cache as cached
-from .cache import EXTENT, Extent
-from .launch import Launched, prepare, shape_of, view
+from .launch import Launched, coded, prepare, shape_of, view
 from .rotary import angles_of, turned
 from .spec import Cache, Config, Mods, Positions, Rotary, Site, Sizes, Spec, View, dense_like
 
-LENGTHS = ["heads", "seqlen_q", "left", "right", "new", "splits", "keys", *EXTENT]
 MERGED: tl.constexpr = tl.constexpr(16)  # parts that one step of the merge takes in
+
+
+class Lengths(NamedTuple):
+    """Numbers of a call, known when it runs; the kernel is given them by `launch.coded`."""
+
+    heads: Any
+    seqlen_q: Any
+    left: Any  # the window's reach, as in Sizes
+    right: Any
+    new: Any  # keys that cache.seqlens does not count yet
+    splits: Any  # parts of a sequence's keys
+    keys: Any  # of each part; 0: all are equal
+
+
+class Walk(NamedTuple):
+    """How a call is walked, known when it is compiled."""
+
+    turn: Any  # Turn of q
+    page: int  # positions in a page; 0: none
+    alike: bool  # all rows of a sequence see the same keys
+    several: bool  # they make more than one tile, which leaves out keys
 
 
 @triton.jit
@@ -75,23 +94,25 @@ def visible(at, part, mods, sizes, spec: tl.constexpr):
     return score.visible(at, mods, sizes, spec) & (at.j >= part[0])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def decode_kernel(
-    q, o, lse, caches, angles, mods, heads, seqlen_q, left, right, new, splits, keys, slots, pages, capacity, apart,
-    scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr, turn: tl.constexpr, PAGE: tl.constexpr,
-    ALIKE: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, o, lse, caches, angles, mods, lengths, extent, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    walk: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """ALIKE: all rows of a sequence see the same keys. SEVERAL: they make more than one tile, which leaves out keys."""
+    PAGE: tl.constexpr = walk.page
     ACC: tl.constexpr = lse.dtype.element_ty
     TYPE: tl.constexpr = q.ptr.dtype.element_ty
     PRECISE: tl.constexpr = TYPE.primitive_bitwidth >= 32
     DV: tl.constexpr = shape.block_dv
+    heads, seqlen_q = tile.number(lengths.heads), tile.number(lengths.seqlen_q)
+    left, right = tile.number(lengths.left), tile.number(lengths.right)
+    new, splits, keys = tile.number(lengths.new), tile.number(lengths.splits), tile.number(lengths.keys)
     pid = tl.program_id(0)
     blocks, heads_k = tl.cdiv(seqlen_q * shape.group, BLOCK_M), heads // shape.group
     row, h_k = pid % blocks * BLOCK_M, pid // blocks % heads_k
     split, b = pid // blocks // heads_k % splits, pid // blocks // heads_k // splits
 
-    extent = Extent(slots, pages, capacity, apart)
+    extent = cached.extent_of(extent)
     own = cached.sequence(caches, extent, b, new)
     sizes = Sizes(heads, seqlen_q, own.total, 0, 0, left, right)
     offset = own.total - seqlen_q
@@ -100,7 +121,7 @@ def decode_kernel(
         first = tl.maximum(first, band.within(offset, 0, -left, 0, own.total))
     part = part_of(first, own.total, split, splits, keys, BLOCK_N)
     lies = tl.zeros([BLOCK_N], tl.int32)
-    if SEVERAL and PAGE > 0:
+    if walk.several and PAGE > 0:
         lies |= cached.unlisted(caches, extent, own.slot, part[0], part[1], PAGE, BLOCK_N)
 
     h, i = packed_rows(row, h_k, shape.group, BLOCK_M)
@@ -108,7 +129,7 @@ def decode_kernel(
     inside = rows.i < seqlen_q
     at_q = tile.origin(q, b, rows.h) + rows.i.to(tl.int64) * q.stride_s
     p_q = rows.i + offset - own.leftpad
-    q_tile = turned(at_q, q.stride_d, p_q, inside, angles, turn, shape.head_dim, shape.block_d)
+    q_tile = turned(at_q, q.stride_d, p_q, inside, angles, walk.turn, shape.head_dim, shape.block_d)
     if caches.k_scale is not None:
         scale = scale * cached.factor(caches.k_scale, b, h_k, tl.float64)
     natural, unit = score.units(scale, spec, ACC)
@@ -129,11 +150,11 @@ def decode_kernel(
             at = beside(rows, col, BLOCK_N)
             s = score.score(qk, at, mods, sizes, scale, spec)
             if PARTIAL:
-                keep = there[None, :] if ALIKE else visible(at, part, mods, sizes, spec)
+                keep = there[None, :] if walk.alike else visible(at, part, mods, sizes, spec)
                 s = tl.where(keep, s, float("-inf"))
             p, alpha, m, l = softmax.step(s, m, l, unit, PRECISE)
             v_tile = cached.load(caches.v, h_k, place, there, TYPE, shape.head_dim_v, DV, PARTIAL)
-            if PARTIAL and not ALIKE:  # as in `forward`: what is not finite is left out, and comes back at the end
+            if PARTIAL and not walk.alike:  # as in `forward`: what is not finite is left out, and comes back at the end
                 strange = tl.maximum(strange, tl.max((tile.finite(v_tile) != v_tile).to(tl.int32)))
                 v_tile = tile.finite(v_tile)
             acc = acc * alpha[:, None]
@@ -151,7 +172,7 @@ def decode_kernel(
     inside &= (dims < shape.head_dim_v)[None, :]
     tl.store(at_o, tl.where(bad, float("nan"), o_tile).to(o.ptr.dtype.element_ty), mask=inside)
 
-    if not ALIKE and strange != 0:  # rare: the outputs that do see what is not finite
+    if not walk.alike and strange != 0:  # rare: the outputs that do see what is not finite
         tl.debug_barrier()  # not before o is written, by whatever thread
         nan = tl.full([BLOCK_M, DV], float("nan"), o.ptr.dtype.element_ty)
         for t in tl.range(band.tiles(run, mods, spec, 1, BLOCK_N, True), num_stages=1):
@@ -265,12 +286,13 @@ def decode(
         parts = lse.new_empty((batch * splits, heads, seqlen_q, cache.v.shape[3]))
         lses = lse.new_empty((batch * splits, heads, seqlen_q))
         own = operands._replace(sinks=None)  # once, by the merge
-    lengths = (heads, seqlen_q, positions.left, positions.right, new, splits, keys, *extent)
-    args = (view(q), view(parts), lses, caches, angles, own, *lengths, scale, spec, shape, turn, page)
+    lengths = Lengths(heads, seqlen_q, positions.left, positions.right, new, splits, keys)
+    numbers = coded(lengths), coded(extent), scale
+    args = (view(q), view(parts), lses, caches, angles, own, *numbers, spec, shape, Walk(turn, page, alike, blocks > 1))
     programs = blocks * cache.k.shape[1] * splits * batch
     busy = not alike or spec.softcap is not None or operands.slopes is not None
     options = options_of(q.is_cuda and torch.version.hip is None, busy)
-    made = [Launched.by(decode_kernel, programs, q.device, config, *args, alike, blocks > 1, **options)]
+    made = [Launched.by(decode_kernel, programs, q.device, config, *args, **options)]
     if not merged:
         return [o, lse], made
     rest = (operands, heads, seqlen_q, splits, shape)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from . import band, score, softmax, tile
-from .launch import LENGTHS, cut, launch, launch_again, prepare, shape_of, sizes_of, view
-from .spec import Config, Mods, Positions, Site, Sizes, Spec, accumulator_dtype, dense_like, output_dtype
+from .launch import coded, cut, launch, launch_again, prepare, shape_of, sizes_of, view
+from .spec import Config, Mods, Positions, Site, Spec, accumulator_dtype, dense_like, output_dtype
 
 
 @triton.jit
@@ -69,22 +69,18 @@ def take_in(
     return m, l, acc, strange
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def forward_kernel(
-    q, k, v, o, lse, mods, heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
-    spec: tl.constexpr, shape: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, o, lse, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
+    sizes = tile.decoded(sizes)
     ACC: tl.constexpr = lse.dtype.element_ty
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
-    FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
     lse = tile.rows_of(lse, mods, sizes)
-    LAST_LONGEST: tl.constexpr = spec.causal or spec.right  # later queries see more keys
-    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M, shape.group, LAST_LONGEST)
-    offset = tile.first_position(mods, sizes, b)
+    row, h, b, i, offset, q0, k0, sizes = tile.queries(mods, sizes, spec, shape, BLOCK_M)
     natural, _ = score.units(scale, spec, ACC)
-    i = (row + tl.arange(0, BLOCK_M))[:, None]
     rows = Site(b, h, i, None, offset, q0, k0)
 
     q_tile = tile.load(q, b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim, BLOCK_M, D, True)
@@ -95,7 +91,7 @@ def forward_kernel(
     run = band.of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     end = k0 + run[3]  # keys past it are seen by no query of this tile: they are not read, whatever they hold
     strange = 0  # whether a partial tile of v held NaN or infinity
-    for PARTIAL in tl.static_range(FIRST, 2):
+    for PARTIAL in tl.static_range(1 if spec.hides else 0, 2):  # full tiles, where there are any
         count = band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL)
         if AHEAD and not PARTIAL:
             if count > 0:
@@ -115,8 +111,8 @@ def forward_kernel(
                 strange = tl.maximum(strange, odd)
 
     o_tile, lse_row = softmax.finish(acc, m, l, natural, mods, b, h)
-    tile.store(o, tile.spoiled(o_tile, mods, b), b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim_v)
     tile.store_rows(lse, tile.spoiled(lse_row, mods, b), b, h, q0 + row, q0 + sizes.seqlen_q)
+    tile.store(o, tile.spoiled(o_tile, mods, b), b, h, q0 + row, q0 + sizes.seqlen_q, shape.head_dim_v)
 
     if strange != 0:  # rare: back to the outputs that do see what is not finite, acc no longer in registers
         tl.debug_barrier()  # not before o is written, by whatever thread
@@ -155,13 +151,12 @@ class Plan(NamedTuple):
     def like(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> "Plan":
         """The Plan of a call that is compiled alike, with other lengths, batch, heads or strides."""
         o = dense_like(q, self.head_dim_v, "meta")
-        operands, *rest = self.rest
+        operands, _, *rest = self.rest
         sizes = sizes_of(q, k, Mods(), Positions(k.shape[2] - q.shape[2]))
         programs, _ = cut(q, Mods(), operands, False, rest[-2])
         strides = tuple(x.stride() for x in (q, k, v, o))
         rows = tuple(q.shape[:3]), (q.shape[1] * q.shape[2], q.shape[2], 1)
-        kept = (operands, *sizes, *rest[len(sizes) :])
-        return self._replace(programs=programs, strides=strides, rows=rows, rest=kept)
+        return self._replace(programs=programs, strides=strides, rows=rows, rest=(operands, coded(sizes), *rest))
 
     def launch(self, *tensors: torch.Tensor) -> bool:
         """Launch the kernel on q, k, v, o and lse, all 16-byte aligned; False, and nothing, where it cannot be."""
@@ -223,7 +218,7 @@ def planned_forward(
     programs, operands = cut(q, mods, operands, False, config.block_m)
     views = [view(x, packed) for x in (q, k, v, o)]
     sizes = sizes_of(q, k, mods, positions)
-    rest = (operands, *sizes, scale, spec, shape_of(q, k, v), config.ahead)
+    rest = (operands, coded(sizes), scale, spec, shape_of(q, k, v), config.ahead)
     compiled = launch(forward_kernel, programs, q.device, config, *views, lse, *rest)
     if compiled is None or any(x is not None for x in mods):
         return o, lse, None

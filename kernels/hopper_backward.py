@@ -42,8 +42,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import band, hopper_forward, score, softmax, tile
 from .backward import delta_kernel, of_sinks
 from .hopper_forward import descriptor, tile_of, unaddressed
-from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
-from .spec import Config, Configs, Gradients, Mods, Positions, Site, Sizes, Spec, View, check_limits
+from .launch import coded, launch, prepare, shape_of, sizes_of, view
+from .spec import Config, Configs, Gradients, Mods, Positions, Site, Spec, View, check_limits
 
 # Triton 3.8 renamed both copies, and 3.9 has the new names alone.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -76,6 +76,21 @@ class Buffers(NamedTuple):
     do: Any
     lse: Any  # [slots, ROWS]
     delta: Any
+
+
+class Given(NamedTuple):
+    """What changes from call to call."""
+
+    sums: Any  # pointer to where dq is added up, or None
+    scale: Any  # float32
+
+
+class Static(NamedTuple):
+    """What is known when the kernel is compiled; slots are those of the ring."""
+
+    spec: Any
+    shape: Any
+    slots: int
 
 
 class Barriers(NamedTuple):
@@ -277,24 +292,26 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=LENGTHS)
+@gluon.jit
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, sums, mods,
-    heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
-    spec: gl.constexpr, shape: gl.constexpr, SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc, given, mods, sizes,
+    static: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
+    spec: gl.constexpr = static.spec
+    shape: gl.constexpr = static.shape
+    SLOTS: gl.constexpr = static.slots
     D: gl.constexpr = shape.block_d
     GROUP: gl.constexpr = shape.group
     dtype: gl.constexpr = q_desc.dtype
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    col, h_k, b, _, _, _ = tile.place(mods, sizes, heads // GROUP, True, BLOCK_N)
+    sizes = tile.decoded(sizes)
+    col, h_k, b, _, _, _ = tile.place(mods, sizes, sizes.heads // GROUP, True, BLOCK_N)
     offset = tile.first_position(mods, sizes, b)
     run = band.of_queries(col, b, h_k, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
-    natural, unit = score.units(scale, spec, gl.float32)
+    natural, unit = score.units(given.scale, spec, gl.float32)
     dq = None
-    if sums is not None:
-        numbers = tl.cdiv(seqlen_q, BLOCK_M).to(gl.int64) * (BLOCK_M * D)
-        dq = View(sums, heads * numbers, numbers, D, 1)
+    if given.sums is not None:
+        numbers = tl.cdiv(sizes.seqlen_q, BLOCK_M).to(gl.int64) * (BLOCK_M * D)
+        dq = View(given.sums, sizes.heads * numbers, numbers, D, 1)
 
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D // CONSUMERS], dtype)
     DX_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
@@ -326,7 +343,7 @@ def backward_kernel(
     mbarrier.init(bars.dx_empty, count=CONSUMERS)
 
     walk = Walk(b, h_k, col, offset, run, dq)
-    units = (tl.cast(scale, gl.float32), natural, unit)
+    units = (given.scale, natural, unit)
     # What is known when compiling stays out of tuples that have a name: those hold tensors.
     gl.warp_specialize(
         [
@@ -342,13 +359,13 @@ def backward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def convert_kernel(
-    sums, dq, heads, seqlen_q, seqlen_k, batch, q_offset, left, right, scale: tl.float64,
-    shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    sums, dq, sizes, scale: tl.float64, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head: from sums over x in the order of registers to dq."""
     D: tl.constexpr = shape.block_d
+    heads, seqlen_q = tile.number(sizes.heads), tile.number(sizes.seqlen_q)
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block, h, b = tile.locate(blocks, heads)
     place = ((b.to(tl.int64) * heads + h) * blocks + block) * (BLOCK_M * D)
@@ -450,12 +467,10 @@ def backward(
     Raises:
         ValueError: the configuration is none of this kernel's.
     """
-    config = configs.dkdv
-    options = options_of(config)
+    config, options = configs.dkdv, options_of(configs.dkdv)
     blank = torch.empty_like if q.numel() else torch.zeros_like
     dk, dv = blank(k), blank(v)
-    dq = torch.empty_like(q) if needs.q else None
-    delta = torch.empty_like(lse)
+    dq, delta = torch.empty_like(q) if needs.q else None, torch.empty_like(lse)
     if q.numel() == 0:
         return Gradients(dq, dk, dv, sinks=of_sinks(lse, delta, mods) if needs.sinks else None)
     do = addressed(do)
@@ -463,7 +478,7 @@ def backward(
     sizes, shape = sizes_of(q, k, mods, positions), shape_of(q, k, v)
     programs = triton.cdiv(q.shape[2], configs.dq.block_m) * q.shape[1] * q.shape[0]
     shares = None if dlse is None else view(dlse.unsqueeze(3))
-    launch(delta_kernel, programs, q.device, configs.dq, view(o), view(do), shares, delta, *sizes, shape)
+    launch(delta_kernel, programs, q.device, configs.dq, view(o), view(do), shares, delta, coded(sizes), shape)
 
     columns = tile_of(shape.head_dim)
     shape = shape._replace(block_d=columns, block_dv=columns)
@@ -474,11 +489,12 @@ def backward(
         sums = torch.zeros(numbers, dtype=torch.float32, device=q.device)
     tiles = (descriptor(x, ROWS.value, columns) for x in (q, k, v, do))
     gradients = (descriptor(x, ROWS.value, columns) for x in (dk, dv))
-    rest = (operands, *sizes, scale, spec, shape, config.num_stages)
+    rest = (Given(sums, scale), operands, coded(sizes), Static(spec, shape, config.num_stages))
     programs = triton.cdiv(k.shape[2], config.block_n) * k.shape[1] * k.shape[0]
-    args = (*tiles, statistics(lse), statistics(delta), *gradients, sums, *rest)
+    args = (*tiles, statistics(lse), statistics(delta), *gradients, *rest)
     launch(backward_kernel, programs, q.device, config, *args, **options)
     if dq is not None:
         plain = Config(config.block_m, config.block_n, 4, 1)
-        launch(convert_kernel, blocks * q.shape[1] * q.shape[0], q.device, plain, sums, view(dq), *sizes, scale, shape)
+        rest = (sums, view(dq), coded(sizes), scale, shape)
+        launch(convert_kernel, blocks * q.shape[1] * q.shape[0], q.device, plain, *rest)
     return Gradients(dq, dk, dv, sinks=of_sinks(lse, delta, mods) if needs.sinks else None)

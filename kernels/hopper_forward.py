@@ -13,7 +13,7 @@ ptxas moves the wait for p v above the softmax, and hides nothing, unless a basi
 the barrier of the next K ends one: it stands there for that (tests/test_hopper_compiled.py asks for the overlap).
 
 At head_dim 256 a consumer takes all its 240 registers. The compiler finds what follows from the arguments alone before
-the consumers part, and keeps it to the end or spills it: so `blocks` and `unit` are arguments, and scale has 32 bits.
+the consumers part, and keeps it to the end or spills it: so `Given` is an argument, and scale has 32 bits.
 
 A weight of 0 does not keep a NaN of v from queries that must not see it. Tiles where that can happen are at the edges,
 which come first: where acc is not finite after them, it is found again key by key, from the visible pairs alone.
@@ -22,9 +22,10 @@ Same contract as `forward.forward`, for the calls that `unserved` lets pass.
 Compiled and simulated, not yet run on a GPU.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
-import triton.language as tl
 
 try:
     from triton.experimental import gluon
@@ -41,7 +42,7 @@ except ImportError as error:
     raise ImportError(f"the Hopper kernels are written in Gluon, which Triton {triton.__version__} lacks") from error
 
 from . import band, score, softmax, tile
-from .launch import LENGTHS, launch, prepare, shape_of, sizes_of, view
+from .launch import coded, launch, prepare, shape_of, sizes_of, view
 from .spec import Config, Mods, Positions, Site, Sizes, Spec, check_limits, dense_like
 
 # Triton 3.8 renamed both copies, and 3.9 has the new names alone.
@@ -65,6 +66,22 @@ CONFIGS = {
     (256, False): (Config(128, 64, 8, 2),),
     (256, True): (Config(128, 64, 8, 2),),
 }
+
+
+class Sources(NamedTuple):
+    """Keys and values in memory, for what is looked up beside the tiles that TMA brings."""
+
+    k: Any  # Views
+    v: Any
+
+
+class Given(NamedTuple):
+    """Numbers that the compiler would find before the consumers part, and keep, did they follow from others there."""
+
+    blocks: Any  # of BLOCK_M queries of one head; this and section by `launch.coded`
+    section: Any  # heads that are taken together
+    scale: Any  # float32, and the second of `score.units`
+    unit: Any
 
 
 @gluon.jit
@@ -257,18 +274,17 @@ def visible_sum(
     return acc
 
 
-@gluon.jit(do_not_specialize=[*LENGTHS, "blocks", "section"])
+@gluon.jit
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse, keys, values, mods,
-    heads, seqlen_q, seqlen_k, batch, q_offset, left, right, blocks, section,
-    scale: tl.float32, unit: tl.float32,
-    spec: gl.constexpr, shape: gl.constexpr, SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse, sources, mods, sizes, given, spec: gl.constexpr, shape: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = shape.block_d
     DV: gl.constexpr = shape.block_dv
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
-    row, h, b = place(blocks, section, heads, batch, BLOCK_M)
+    sizes = tile.decoded(sizes)
+    heads, batch = sizes.heads, sizes.batch
+    row, h, b = place(tile.number(given.blocks), tile.number(given.section), heads, batch, BLOCK_M)
     offset = tile.first_position(mods, sizes, b)
     run = band.of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
 
@@ -291,14 +307,15 @@ def forward_kernel(
     smem = (q_smem, k_smem, v_smem)
     bars = (q_full, k_full, k_empty, v_full, v_empty)
     at = (row, h, b)
-    lse += (b.to(gl.int64) * heads + h) * seqlen_q
+    lse += (b.to(gl.int64) * heads + h) * sizes.seqlen_q
     h_k = h // shape.group
-    sources = (tile.origin(keys, b, h_k), keys.stride_s, tile.origin(values, b, h_k), values.stride_s)
-    lengths = (seqlen_q, seqlen_k, offset, left, right)
-    units = (scale, unit)
+    k, v = sources.k, sources.v
+    places = (tile.origin(k, b, h_k), k.stride_s, tile.origin(v, b, h_k), v.stride_s)
+    lengths = (sizes.seqlen_q, sizes.seqlen_k, offset, sizes.left, sizes.right)
+    units = (given.scale, given.unit)
     # A tuple with a name holds tensors alone: what is known when compiling is passed beside it.
     brings = (q_desc, k_desc, v_desc, smem, bars, at, run)
-    finds = (o_desc, lse, sources, smem, bars, at, run, lengths, units)
+    finds = (o_desc, lse, places, smem, bars, at, run, lengths, units)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -445,8 +462,9 @@ def forward(
     )
     blocks = triton.cdiv(q.shape[2], config.block_m)
     unit = (scale if spec.raw else 1.0) * score.LOG2E.value  # the second of `score.units`
-    rest = (*sizes, blocks, section(q, k, v), scale, unit, spec, shape, config.num_stages)
-    args = (*descriptors, lse, view(k), view(v), operands, *rest)
+    given = coded(Given(blocks, section(q, k, v), 0, 0))._replace(scale=scale, unit=unit)
+    rest = (coded(sizes), given, spec, shape, config.num_stages)
+    args = (*descriptors, lse, Sources(view(k), view(v)), operands, *rest)
     launch(forward_kernel, blocks * q.shape[1] * q.shape[0], q.device, config, *args, **options)
     return o, lse
 

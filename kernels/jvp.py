@@ -16,52 +16,46 @@ import triton
 import triton.language as tl
 
 from . import band, score, softmax, tile
-from .launch import LENGTHS, cut, launch, prepare, shape_of, sizes_of, spread, view
-from .spec import Config, Gradients, Mods, Positions, Site, Sizes, Spec, dense_like
+from .launch import coded, cut, launch, prepare, shape_of, sizes_of, spread, view
+from .spec import Config, Gradients, Mods, Positions, Site, Spec, Tangents, dense_like
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def jvp_kernel(
-    q, k, v, tq, tk, tv, o, lse, to, tlse, mods, heads, seqlen_q, seqlen_k, batch, q_offset, left, right,
-    scale: tl.float64,
-    spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, o, lse, tangents, mods, sizes, scale: tl.float64, spec: tl.constexpr, shape: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries of one head and walks the keys they see, as the forward does."""
-    sizes = Sizes(heads, seqlen_q, seqlen_k, batch, q_offset, left, right)
+    sizes = tile.decoded(sizes)
     ACC: tl.constexpr = lse.dtype.element_ty
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty.primitive_bitwidth >= 32
     D: tl.constexpr = shape.block_d
     DV: tl.constexpr = shape.block_dv
-    FIRST: tl.constexpr = 1 if spec.hides else 0  # the first kind of tile there is: full, partial
-    lse, tlse = tile.rows_of(lse, mods, sizes), tile.rows_of(tlse, mods, sizes)
-    LAST_LONGEST: tl.constexpr = spec.causal or spec.right  # later queries see more keys
-    row, h, b, q0, k0, sizes = tile.place(mods, sizes, heads, False, BLOCK_M, shape.group, LAST_LONGEST)
-    h_k = h // shape.group
-    offset = tile.first_position(mods, sizes, b)
+    lse, tlse = tile.rows_of(lse, mods, sizes), tile.rows_of(tangents.lse, mods, sizes)
+    row, h, b, i, offset, q0, k0, sizes = tile.queries(mods, sizes, spec, shape, BLOCK_M)
+    h_k, row_end = h // shape.group, q0 + sizes.seqlen_q
     natural, unit = score.units(scale, spec, ACC)
-    i = (row + tl.arange(0, BLOCK_M))[:, None]
-    row_end = q0 + sizes.seqlen_q
 
     q_tile = tile.load(q, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
-    if tq is not None:
-        tq_tile = tile.load(tq, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
+    if tangents.q is not None:
+        tq_tile = tile.load(tangents.q, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
     lse_row = softmax.closed(tile.load_rows(lse, b, h, q0 + row, row_end, float("inf"), BLOCK_M, True))
-    mean = tl.zeros([BLOCK_M], ACC)  # of ts, under p: tlse
-    acc = tl.zeros([BLOCK_M, DV], ACC)
-
     run = band.of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     end = k0 + run[3]
-    for PARTIAL in tl.static_range(FIRST, 2):
+
+    mean = tl.zeros([BLOCK_M], ACC)  # of ts, under p: tlse
+    acc = tl.zeros([BLOCK_M, DV], ACC)
+    for PARTIAL in tl.static_range(1 if spec.hides else 0, 2):  # full tiles, where there are any
         for t in range(band.tiles(run, mods, spec, 1, BLOCK_N, PARTIAL)):
             col = band.start(run, t, mods, spec, 1, BLOCK_N, PARTIAL)
             at = Site(b, h, i, (col + tl.arange(0, BLOCK_N))[None, :], offset, q0, k0)
             k_tile = tile.load(k, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
             qk = tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
             tqk = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-            if tq is not None:
+            if tangents.q is not None:
                 tqk = tl.dot(tq_tile, k_tile.T, tqk, input_precision=spec.precision, out_dtype=ACC)
-            if tk is not None:
-                tk_tile = tile.load(tk, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
+            if tangents.k is not None:
+                tk_tile = tile.load(tangents.k, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
                 tqk = tl.dot(q_tile, tk_tile.T, tqk, input_precision=spec.precision, out_dtype=ACC)
             s = score.score(qk, at, mods, sizes, scale, spec)
             p = softmax.probability(s, lse_row[:, None], natural, unit, PRECISE)
@@ -74,8 +68,8 @@ def jvp_kernel(
             v_tile = tile.load(v, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
             values = tile.finite(v_tile) if PARTIAL else v_tile
             turned = weights * ts
-            if tv is not None:
-                tv_tile = tile.load(tv, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
+            if tangents.v is not None:
+                tv_tile = tile.load(tangents.v, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
                 if PARTIAL:
                     odd = tl.sum((tv_tile - tv_tile).to(ACC), 1)  # NaN where tv_j is not finite, else 0
                     turned = tl.where(keep, turned + odd[None, :], 0.0)
@@ -89,7 +83,9 @@ def jvp_kernel(
         weight = softmax.probability(tl.zeros([BLOCK_M], ACC) + sink, lse_row, 1.0, score.LOG2E, True)
         mean += weight * tl.load(tile.origin(mods.sinks_tangent, b, h)).to(ACC)
     o_tile = tile.load(o, b, h, q0 + row, row_end, shape.head_dim_v, BLOCK_M, DV, True).to(ACC)
-    tile.store(to, tile.spoiled(acc - o_tile * mean[:, None], mods, b), b, h, q0 + row, row_end, shape.head_dim_v)
+    tile.store(
+        tangents.o, tile.spoiled(acc - o_tile * mean[:, None], mods, b), b, h, q0 + row, row_end, shape.head_dim_v
+    )
     tile.store_rows(tlse, tile.spoiled(mean, mods, b), b, h, q0 + row, row_end)
 
 
@@ -125,9 +121,11 @@ def jvp(
     operands, spec = prepare(mods, spec)
     operands = with_tangents(operands, tangents)
     programs, operands = cut(q, mods, operands, False, config.block_m)
-    views = [None if x is None else view(x, packed) for x in (q, k, v, *tangents[:3], o)]
-    rest = (operands, *sizes_of(q, k, mods, positions), scale, spec, shape_of(q, k, v))
-    launch(jvp_kernel, programs, q.device, config, *views, lse, view(to, packed), tlse, *rest)
+    views = [view(x, packed) for x in (q, k, v, o)]
+    tq, tk, tv = (None if x is None else view(x, packed) for x in tangents[:3])
+    turned = Tangents(tq, tk, tv, view(to, packed), tlse)
+    rest = (operands, coded(sizes_of(q, k, mods, positions)), scale, spec, shape_of(q, k, v))
+    launch(jvp_kernel, programs, q.device, config, *views, lse, turned, *rest)
     return to, tlse
 
 

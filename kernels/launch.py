@@ -1,7 +1,7 @@
 """How a kernel is started: its arguments, its grid, the device guard, and a clear word when a Config does not fit."""
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -11,9 +11,17 @@ from triton.runtime.errors import OutOfResources
 
 from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spec, View
 
-# Lengths are never specialised, so that a new one compiles nothing. They reach a kernel one by one and become a Sizes
-# there, since Triton (3.6 to 3.9) specialises the members of a tuple whatever do_not_specialize says.
-LENGTHS = list(Sizes._fields)
+Numbers = TypeVar("Numbers", bound=tuple[Any, ...])
+
+
+def coded(numbers: Numbers) -> Numbers:
+    """Numbers that change from call to call, in a NamedTuple, as one kernel argument; `tile.number` reads them there.
+
+    Triton (3.6 to 3.9) compiles a kernel anew for an integer that is 1, that 16 divides, or that needs 64 bits, and in
+    a tuple whatever do_not_specialize says. So each number, of 32 bits, is the upper half of one that always needs 64
+    and is neither: a new length compiles nothing, nor does a new offset.
+    """
+    return type(numbers)(*[(n << 32) + (2 if n < 0 else 2**31 + 2) for n in numbers])
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:

@@ -85,7 +85,7 @@ class View(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths of a call, known when it runs."""
+    """Lengths of a call, known when it runs; kernels are given them by `launch.coded`."""
 
     heads: int
     seqlen_q: int  # of one sequence; where sequences are packed, of all of them until `tile.place` has found the one
@@ -256,8 +256,21 @@ class Site(NamedTuple):
     k0: Any
 
 
+class Tangents(NamedTuple):
+    """What the kernel of forward mode is given: tangents of q, k and v, and room for those of o and lse."""
+
+    q: Any  # Views; None stands for zero
+    k: Any
+    v: Any
+    o: Any
+    lse: Any  # pointer
+
+
 class Gradients(NamedTuple):
-    """One thing for each operand that a gradient can be asked for: whether it is, or the gradient (None: not asked)."""
+    """One thing for each operand that a gradient can be asked for: whether it is, or the gradient (None: not asked).
+
+    Kernels are given Views of those they compute, and of alibi_slopes a pointer to each query's share.
+    """
 
     q: Any
     k: Any

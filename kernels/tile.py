@@ -7,13 +7,37 @@ Sequences may be packed one after another into a batch of one. A program then lo
 rows are counted from the sequence's start, `q0` or `k0`, which is 0 where nothing is packed.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .spec import Sizes, View
+from .spec import Sizes
+
+
+class Rows(NamedTuple):
+    """A dense [batch, heads, seqlen] tensor."""
+
+    ptr: Any
+    heads: Any  # 0 where one batch element has all sequences
+    seqlen: Any
+
 
 # beyond any length: causal reads the same for all offsets past it, and a tile's end + q_offset stays within 32 bits
 FARTHEST: tl.constexpr = tl.constexpr(2**30 - 2**9)
+
+
+@triton.jit
+def number(x):
+    """The number that `launch.coded` made x of: a word of the arguments, in no register before it is asked for."""
+    return (x.to(tl.uint64) >> 32).to(tl.int32)
+
+
+@triton.jit
+def decoded(x):
+    """The Sizes that `launch.coded` made x of."""
+    lengths = number(x.heads), number(x.seqlen_q), number(x.seqlen_k), number(x.batch)
+    return Sizes(*lengths, number(x.q_offset), number(x.left), number(x.right))
 
 
 @triton.jit
@@ -70,6 +94,15 @@ def place(
 
 
 @triton.jit
+def queries(mods, sizes, spec: tl.constexpr, shape: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`place` for BLOCK_M queries: (first row, head, sequence, i [M, 1], position of query 0, q0, k0, its Sizes)."""
+    LAST_LONGEST: tl.constexpr = spec.causal or spec.right  # later queries see more keys
+    row, h, b, q0, k0, own = place(mods, sizes, sizes.heads, False, BLOCK_M, shape.group, LAST_LONGEST)
+    i = (row + tl.arange(0, BLOCK_M))[:, None]
+    return row, h, b, i, first_position(mods, own, b), q0, k0, own
+
+
+@triton.jit
 def sequence(mods, sizes, b):
     """Where sequence b starts, and its lengths: (q0, k0, Sizes)."""
     if mods.starts_q is None:
@@ -82,11 +115,8 @@ def sequence(mods, sizes, b):
 
 @triton.jit
 def rows_of(x, mods, sizes):
-    """A dense [batch, heads, seqlen_q] tensor as a View: its strides are lengths, and so never specialised."""
-    if mods.starts_q is None:
-        return View(x, sizes.heads.to(tl.int64) * sizes.seqlen_q, sizes.seqlen_q, 1, 0)
-    else:
-        return View(x, 0, sizes.seqlen_q, 1, 0)
+    """A dense [batch, heads, seqlen_q] tensor as Rows: its strides are lengths, and so never specialised."""
+    return Rows(x, sizes.heads if mods.starts_q is None else 0, sizes.seqlen_q)
 
 
 @triton.jit
@@ -173,13 +203,13 @@ def strided_rows(x, b, h, start, ROWS: tl.constexpr):
 
 @triton.jit
 def row_pointers(x, b, h, start, ROWS: tl.constexpr):
-    """The same of a View of `rows_of`, whose numbers lie side by side: 64-bit lanes would cost registers."""
-    return origin(x, b, h) + start + tl.arange(0, ROWS)
+    """Addresses of x[b, h, start : start + ROWS] of Rows, side by side: 64-bit lanes would cost registers."""
+    return x.ptr + (b * x.heads + h).to(tl.int64) * x.seqlen + start + tl.arange(0, ROWS)
 
 
 @triton.jit
 def load_rows(x, b, h, start, end, other, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """x[b, h, start : start + ROWS, 0], `other` past row `end` where RAGGED: [ROWS]."""
+    """x[b, h, start : start + ROWS] of Rows, `other` past row `end` where RAGGED: [ROWS]."""
     if RAGGED:
         return tl.load(row_pointers(x, b, h, start, ROWS), mask=start + tl.arange(0, ROWS) < end, other=other)
     else:
@@ -188,6 +218,6 @@ def load_rows(x, b, h, start, end, other, ROWS: tl.constexpr, RAGGED: tl.constex
 
 @triton.jit
 def store_rows(x, value, b, h, start, end):
-    """Write value [ROWS] to x[b, h, start : start + ROWS, 0], without what lies past `end`."""
+    """Write value [ROWS] to x[b, h, start : start + ROWS] of Rows, without what lies past `end`."""
     mask = start + tl.arange(0, value.shape[0]) < end
     tl.store(row_pointers(x, b, h, start, value.shape[0]), value, mask=mask)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from flash import reference_cache
+from flash.kernels.spec import Cache
+from flash.step import Step, rotary_of
 
 BATCH, HEADS, HEADS_K, HEAD_DIM, HEAD_DIM_V = 3, 4, 2, 8, 6
 SLOTS, CAPACITY, NEW = 5, 24, 3
@@ -33,6 +35,17 @@ class Case(NamedTuple):
         caches = [x.clone(memory_format=torch.preserve_format) for x in (self.k_cache, self.v_cache)]
         o, lse = attend(self.q, *caches, return_lse=True, **self.options, **keywords)
         return reference_cache.Decoded(o, lse, *caches)
+
+
+def step_of(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **options: Any) -> Step:
+    """The Step of a call of `flash_attention_decode`."""
+    named = {"table": "block_table", "slots": "cache_batch_idx", "leftpad": "cache_leftpad"}
+    named |= {name: name for name in ("k_scale", "v_scale")}
+    seqlens = options.pop("cache_seqlens")
+    cache = Cache(k_cache, v_cache, seqlens, **{field: options.pop(name, None) for field, name in named.items()})
+    turn = [options.pop(name, None) for name in ("rotary_cos", "rotary_sin")]
+    rotary = rotary_of(*turn, options.pop("rotary_interleaved", False))
+    return Step.of(q, cache, rotary=rotary, **options)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

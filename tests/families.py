@@ -1,6 +1,7 @@
 """Models of transformers that tests run: tiny, random, float64, of every family that is served, and their inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,3 +164,13 @@ def left_padded(ids: Tensor, lengths: tuple[int, ...]) -> dict[str, Tensor]:
     """The last tokens of each sequence, behind padding."""
     mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+@contextmanager
+def enabled(model: Any, min_seqlen: int = 0) -> Iterator[None]:
+    """A model by flash_attention."""
+    from flash.integrations.transformers import disable, enable
+
+    enable(model, min_seqlen)
+    yield
+    disable(model)

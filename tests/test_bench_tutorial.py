@@ -78,9 +78,7 @@ def test_the_tutorial_compiles_for_the_gpu_it_is_timed_on(head_dim: int) -> None
     tiles = tutorial.TILES
     types = dict.fromkeys(("q", "k", "v", "do", "dq", "dk", "dv"), "*bf16") | {"lse": "*fp32", "delta": "*fp32"}
     types |= {"scale": "fp32", "seqlen": "i32"}
-    names = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
-    constants = {"HEAD_DIM": head_dim, "CAUSAL": True, "SLICE": tutorial.SLICE}
-    constants |= dict(zip(names, (*tiles.dkdv, *tiles.dq), strict=True))
+    constants = {"HEAD_DIM": head_dim, "CAUSAL": True, "tiles": tiles}
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     backward = compiled(tutorial.backward_kernel, types, constants, **options)
     assert backward.metadata.shared <= 227 * 1024

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from flash import dispatch_step, flash_attention_decode, flash_attention_varlen
 from flash.kernels.spec import Config
 from flash.reference_cache import Decoded
-from flash.step import Step
 from tests import decode_cases
 from tests.decode_cases import BATCH, CAPACITY, FEATURES, HEAD_DIM, HEAD_DIM_V, HEADS, HEADS_K, Case, draw, numbers
 
@@ -291,7 +290,7 @@ def arguments(op: str) -> list[Any]:
     x = decode_cases.case(*names, "pages of 3")
     caches = [t.nan_to_num(0.5) for t in x[1:3]]  # opcheck takes NaN for a change
     q = x.q.transpose(1, 2).contiguous().transpose(1, 2)
-    step = Step.of(q, *caches, **x.options, config=SMALL)
+    step = decode_cases.step_of(q, *caches, **x.options, config=SMALL)
     cache, rotary = list(step.cache), list(step.rotary or ())
     if op == "append":
         return [*cache[:2], step.k, step.v, *cache[2:], *rotary, "auto"]
@@ -443,7 +442,7 @@ def test_nothing_waits_for_the_device(names: tuple[str, ...], monkeypatch: pytes
     x = decode_cases.case(*names, dtype=torch.float32)
     want = x.oracle()
     with mode:  # the ops' own bodies: torch sets the mode aside below an op
-        step = Step.of(*x[:3], **x.options, backend="triton", config=SMALL)
+        step = decode_cases.step_of(*x[:3], **x.options, backend="triton", config=SMALL)
         assert step.k is not None and step.v is not None
         dispatch_step.append(step.k, step.v, step.cache, step.rotary, "triton")
         o, lse = dispatch_step.decode(step)

@@ -9,7 +9,7 @@ from flash import Config, dispatch_step, flash_attention_decode
 from flash.autotune import decoding
 from flash.kernels.spec import LIMITS
 from flash.step import Step
-from tests.decode_cases import draw, numbers
+from tests.decode_cases import draw, numbers, step_of
 
 HEADS, HEADS_K, HEAD_DIM = 4, 2, 16
 
@@ -21,7 +21,7 @@ def step(batch: int = 2, rows: int = 1, capacity: int = 4096, page: int | None =
     if page is not None:
         options["block_table"] = numbers(0).expand(batch, capacity // page)
     q, lengths = torch.zeros(batch, HEADS, rows, HEAD_DIM), numbers(*[0] * batch)
-    return Step.of(q, cache, cache, cache_seqlens=lengths, **options)
+    return step_of(q, cache, cache, cache_seqlens=lengths, **options)
 
 
 @pytest.fixture

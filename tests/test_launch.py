@@ -10,7 +10,6 @@ pytestmark = pytest.mark.aot
 
 CALLS = """
 from flash.kernels import backward, forward
-from flash.kernels.launch import LENGTHS
 from flash.kernels.spec import Config, Configs, Gradients, Mods, Positions, Spec
 
 config = Config(64, 64, 4, 2)
@@ -32,7 +31,7 @@ scaled, _ = call(128, 128, 0, scale=0.3)
 offset, _ = call(128, 128, 0, q_offset=torch.zeros(2, dtype=torch.int64))
 found = {"counts": counts, "more": more, "scaled": scaled, "offset": offset}
 found["scale"] = signature["scale"]
-print(json.dumps(found | {"sizes": [signature[name] for name in LENGTHS], "q": list(signature["q"])}))
+print(json.dumps(found | {"sizes": list(signature["sizes"]), "q": list(signature["q"])}))
 """
 
 

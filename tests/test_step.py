@@ -8,7 +8,7 @@ import torch
 
 from flash import Config, flash_attention_decode
 from flash.kernels.spec import Cache, Positions, Rotary
-from flash.step import Step
+from tests.decode_cases import step_of
 
 BATCH, HEADS, HEADS_K, HEAD_DIM, CAPACITY = 2, 4, 2, 8, 12
 
@@ -145,7 +145,7 @@ def test_a_backend_asked_for_by_name_says_why_it_does_not_serve() -> None:
 def test_a_step_is_in_the_form_that_backends_take() -> None:
     slopes, factors = floats(HEADS), floats(BATCH, HEADS_K)
     x = good(**append(3), **angles(rotary_interleaved=True), alibi_slopes=slopes, k_scale=floats(2), v_scale=factors)
-    step = Step.of(**x, window=(2**40, None), softcap=3, num_splits=7, config=Config(16, 32))
+    step = step_of(**x, window=(2**40, None), softcap=3, num_splits=7, config=Config(16, 32))
     assert step.cache == Cache(
         x["k_cache"], x["v_cache"], x["cache_seqlens"], k_scale=step.cache.k_scale, v_scale=factors
     )
@@ -154,13 +154,13 @@ def test_a_step_is_in_the_form_that_backends_take() -> None:
     assert step.new == 3 and step.num_splits == 7 and step.config == Config(16, 32)
     assert step.spec.causal and step.spec.left and not step.spec.right and not step.spec.raw and step.spec.softcap == 3
     assert step.positions == Positions(0, 2**30 - 2**9, 0) and step.scale == 1 / HEAD_DIM**0.5
-    plain = Step.of(**good(), causal=False, window=3)
+    plain = step_of(**good(), causal=False, window=3)
     assert plain.spec.raw and plain.spec.right and plain.positions == Positions(0, 3, 3)
     assert plain.new == 0 and plain.num_splits == 0 and plain.rotary is None
-    assert not Step.of(**good(), scale=-1.0).spec.raw and not Step.of(**good(), window=3).spec.right
+    assert not step_of(**good(), scale=-1.0).spec.raw and not step_of(**good(), window=3).spec.right
 
 
 def test_integers_that_lie_apart_in_memory_are_not_copied() -> None:
     column = integers(BATCH, 2)[:, 0]
-    cache = Step.of(**good(cache_seqlens=column, cache_batch_idx=column, cache_leftpad=column)).cache
+    cache = step_of(**good(cache_seqlens=column, cache_batch_idx=column, cache_leftpad=column)).cache
     assert cache.seqlens is column and cache.slots is column and cache.leftpad is column

@@ -5,8 +5,7 @@ is undone here (`wide`). What models narrow elsewhere, RMSNorm's mean square abo
 to float32 each, and may give them one ulp of difference: LOOSE. Models that narrow nothing are held to EXACT.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from tests.families import (
     built,
     close,
     decoder,
+    enabled,
     left_padded,
     masked,
     series,
@@ -65,15 +65,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(front, "flash_attention", recorded)
     return found
-
-
-@contextmanager
-def enabled(model: Any, min_seqlen: int = 0) -> Iterator[None]:
-    from flash.integrations.transformers import disable, enable
-
-    enable(model, min_seqlen)
-    yield
-    disable(model)
 
 
 def prediction(output: Any) -> Tensor:

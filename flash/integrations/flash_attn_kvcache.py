@@ -14,7 +14,8 @@ import torch
 
 from ..decode import flash_attention_decode
 from ..kernels.spec import Rotary
-from ..step import rotary_of
+from ..rotary import turned
+from ..step import check_rotary
 from .flash_attn_arguments import check_axes, closed, keywords_of
 
 
@@ -100,10 +101,12 @@ def flash_attn_with_kvcache(
     rows = causal or keywords["window"] is not None  # each query has a position of its own
     if rotary_cos is not None and k is not None and not (k.shape[2] == q.shape[2] and (rows or q.shape[2] == 1)):
         # not where flash_attention_decode turns queries, which is the last positions of the keys
-        rotary = rotary_of(q, rotary_cos, rotary_sin, rotary_interleaved)
-        assert rotary is not None
+        rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
+        check_rotary(q, rotary)
         start = lengths.long() if cache_leftpad is None else lengths.long() - cache_leftpad
-        q, k = turned(q, start, 1 if rows else 0, rotary), turned(k, start, 1, rotary)
+        q_steps, k_steps = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+        q = turned(q, start[:, None] + (q_steps if rows else 0 * q_steps), rotary)
+        k = turned(k, start[:, None] + k_steps, rotary)
         rotary_cos = rotary_sin = None
     o, lse = flash_attention_decode(
         q, k_cache, v_cache, cache_seqlens=lengths, block_table=block_table, k=k, v=v, rotary_cos=rotary_cos,
@@ -129,27 +132,3 @@ def lengths_of(
     if not 0 <= cache_seqlens <= room - new:
         raise ValueError(f"cache_seqlens must be 0 to {room - new}, what the cache has room for, got {cache_seqlens}")
     return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
-
-
-def turned(x: torch.Tensor, start: torch.Tensor, step: int, rotary: Rotary) -> torch.Tensor:
-    """x [batch, heads, rows, d], row i of each sequence at position start + step * i, its pairs turned.
-
-    A position below 0 counts as 0; one past the tables' end makes NaN, as in flash_attention_decode.
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    positions = (start[:, None] + step * torch.arange(x.shape[2], device=x.device)).clamp_(min=0)  # [batch, rows]
-    known = (positions < rotary.cos.shape[0])[..., None]
-    positions = positions.clamp_(max=rotary.cos.shape[0] - 1)
-    cos, sin = (
-        table[positions].to(wide).where(known, float("nan"))[:, None]  # [batch, 1, rows, pairs]
-        for table in (rotary.cos, rotary.sin)
-    )
-    pairs = cos.shape[-1]
-    one, other = slice(0, pairs), slice(pairs, 2 * pairs)
-    if rotary.interleaved:
-        one, other = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    y = x.to(wide, copy=True)
-    a, b = x[..., one].to(wide), x[..., other].to(wide)
-    y[..., one] = a * cos - b * sin
-    y[..., other] = a * sin + b * cos
-    return y.to(x.dtype)

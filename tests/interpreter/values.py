@@ -38,6 +38,8 @@ TYPES = {
     name: Type(getattr(torch, name if name != "int1" else "bool"))
     for name in ("float16", "bfloat16", "float32", "float64", "int1", "int8", "uint8", "int16", "int32", "int64")
 }
+# torch shifts no unsigned numbers: kernels keep the lower half of what they shift down, where a sign does not show
+TYPES["uint64"] = TYPES["int64"]
 
 
 def promoted(a: Any, b: Any) -> tuple[torch.Tensor, torch.Tensor]:
