@@ -2,8 +2,7 @@
 somewhere, and the gallery is what its command draws.
 
     ```python                    runs as it stands, in a fresh namespace
-    ```python continues          runs after the blocks above it on its page, from the last that does not continue
-    ```python needs=onnx         compiles, and runs where that package is installed
+    ```python needs=onnx         compiles, and runs where that package is installed, among the tests of integrations
     ```python ranks              runs as the only rank of torch.distributed
     ```sh                        every command exists and takes the options it is given; nothing is run
     ```text                      what a command prints, or a picture of letters
@@ -40,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "sh", "text"}
-MARKS = {"continues", "needs", "ranks"}
+MARKS = {"needs", "ranks"}
 
 
 class Block(NamedTuple):
@@ -51,11 +50,20 @@ class Block(NamedTuple):
     language: str
     marks: dict[str, str]
     code: str
-    before: str  # the blocks that it continues, each on its own lines
 
     @property
     def name(self) -> str:
         return f"{self.page.name}:{self.line}"
+
+    @property
+    def packages(self) -> set[str]:
+        """What it needs beside this library."""
+        return set(filter(None, self.marks.get("needs", "").split(",")))
+
+    @property
+    def source(self) -> str:
+        """The code, on the lines that it has in the page."""
+        return "\n" * (self.line - 1) + self.code
 
 
 @cache
@@ -65,22 +73,27 @@ def text_of(page: Path) -> str:
 
 def blocks_of(page: Path) -> Iterator[Block]:
     """The blocks of a page, in order."""
-    text, before = text_of(page), ""
+    text = text_of(page)
     for found in FENCE.finditer(text):
         language, *words = found[2].split() or [""]
         marks = dict(word.partition("=")[::2] for word in words)
         line = text[: found.start()].count("\n") + 2
-        before = before if "continues" in marks else ""
-        yield Block(page, line, language, marks, found[3], before)
-        if language == "python":
-            before = before + "\n" * (line - 1 - before.count("\n")) + found[3]
+        yield Block(page, line, language, marks, found[3])
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
+OTHERS = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # their packages, and their warnings
+
+
 def of_language(language: str) -> Any:
-    chosen = [block for block in BLOCKS if block.language == language]
+    """Blocks, those that need other people's packages marked so."""
+    chosen = [
+        pytest.param(block, marks=OTHERS if block.packages - {"triton"} else ())
+        for block in BLOCKS
+        if block.language == language
+    ]
     return pytest.mark.parametrize("block", chosen, ids=lambda block: block.name)
 
 
@@ -89,6 +102,9 @@ def test_every_block_says_what_it_is() -> None:
     assert [block.name for block in BLOCKS if block.language not in LANGUAGES] == []
     assert [block.name for block in BLOCKS if not block.marks.keys() <= MARKS] == []
     assert all(text_of(page).count("```") == 2 * len([*blocks_of(page)]) for page in PAGES)
+    for block in BLOCKS:
+        if block.language == "python":
+            compile(block.source, block.page, "exec")
 
 
 @pytest.fixture
@@ -109,15 +125,13 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_code_block_runs(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Whole, in a file of its own: Triton reads the source of its functions. Lines are those of the page."""
-    source = block.before + "\n" * (block.line - 1 - block.before.count("\n")) + block.code
-    compile(source, block.page, "exec")
-    for package in filter(None, block.marks.get("needs", "").split(",")):
+    """In a file of its own: Triton reads the source of its functions."""
+    for package in block.packages:
         pytest.importorskip(package)
     if "ranks" in block.marks:
         request.getfixturevalue("rank")
     path = tmp_path / f"{block.page.stem.replace('-', '_')}.py"
-    path.write_text(source, encoding="utf-8")
+    path.write_text(block.source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     runpy.run_path(str(path), run_name="__main__")
