@@ -4,6 +4,7 @@ somewhere, and the gallery is what its command draws.
     ```python                    runs as it stands, in a fresh namespace
     ```python needs=onnx         compiles, and runs where that package is installed, among the tests of integrations
     ```python ranks              runs as the only rank of torch.distributed
+    ```python prints             runs, and prints the next block
     ```sh                        every command exists and takes the options it is given; nothing is run
     ```text                      what a command prints, or a picture of letters
 """
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "sh", "text"}
-MARKS = {"needs", "ranks"}
+MARKS = {"needs", "prints", "ranks"}
 
 
 class Block(NamedTuple):
@@ -123,7 +124,11 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @of_language("python")
 def test_code_block_runs(
-    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In a file of its own: Triton reads the source of its functions."""
     for package in block.packages:
@@ -135,6 +140,10 @@ def test_code_block_runs(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     runpy.run_path(str(path), run_name="__main__")
+    if "prints" in block.marks:
+        printed = BLOCKS[BLOCKS.index(block) + 1]
+        assert (printed.page, printed.language) == (block.page, "text")
+        assert capsys.readouterr().out == printed.code
 
 
 class Parsed(Exception):
