@@ -71,10 +71,10 @@ def test_the_forward_hides_its_exponentials_on_hopper() -> None:
 @pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim, causal", [(64, False), (64, True), (128, True), (256, False), (256, True)])
-def test_where_it_hides_fewer_the_readme_says_how_many(head_dim: int, causal: bool) -> None:
+def test_where_it_hides_fewer_the_limits_say_how_many(head_dim: int, causal: bool) -> None:
     share = hidden(head_dim, causal)
-    assert share < 0.9, "better than the README says"
-    limits = (ROOT / "README.md").read_text().partition("## Limits")[2]
+    assert share < 0.9, "better than docs/limits.md says"
+    limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
     (said,) = (limit for limit in limits.split("\n- ") if "exponentials" in limit)
     assert f"head_dim {head_dim}" in said and (f"{100 * share:.0f} %" if share else "none") in said
 

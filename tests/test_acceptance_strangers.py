@@ -157,7 +157,6 @@ def test_errors_and_cold_starts_are_measured() -> None:
 # Reading
 
 
-@missing("the README's first screen")
 def test_the_readme_decides_in_a_screen_and_starts_in_a_minute() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     screen = "\n".join(text.splitlines()[:50])
@@ -166,19 +165,16 @@ def test_the_readme_decides_in_a_screen_and_starts_in_a_minute() -> None:
     assert all(f"docs/{page}.md" in text for page in PAGES)
 
 
-@missing("docs/")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES[:-1], pytest.param("numbers", marks=missing("docs/numbers.md"))])
 def test_each_subject_has_a_page(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     assert text.startswith("# ") and len(text.split()) > 250
 
 
-@missing("a gallery")
 def test_masks_have_a_gallery() -> None:
     hold("test_docs", "test_gallery_shows_every_mask_and_is_what_its_command_draws")
 
 
-@missing("a runner of code blocks")
 def test_code_blocks_run() -> None:
     hold("test_docs", "test_code_block_runs", "test_every_link_leads_somewhere")
 
