@@ -11,7 +11,6 @@ goes before those that count.
 On a CPU nothing of ours is compiled. On a GPU the first call compiles its kernels, which has not yet been timed on one.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -129,25 +128,11 @@ def measured(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: measure, write and draw; 1 where ours has no number."""
+def run(out: Path, device: torch.device, seed: int, threads: int, quick: bool) -> int:
+    """Measure, write and draw; 1 where ours has no number. Quick: one process, short, and no FlexAttention."""
     from bench import cold_report
 
-    parser = argparse.ArgumentParser(prog="python -m bench.cold", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of cold.json, cold.md and cold.png")
-    parser.add_argument("--device", required=True, choices=["cpu", "cuda"])
-    parser.add_argument("--seed", type=int, default=0, help="of the operands (default: 0)")
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="one process, a short sequence, without FlexAttention")
-    options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    processes, peers = (1, COLD_PEERS[:2]) if options.quick else (PROCESSES, COLD_PEERS)
-    case = case_of(device, options.quick)
-    content = measured(device, case, options.seed, options.threads, processes, peers)
-    options.out.mkdir(parents=True, exist_ok=True)
-    print(cold_report.write(content, options.out))
+    processes, peers = (1, COLD_PEERS[:2]) if quick else (PROCESSES, COLD_PEERS)
+    content = measured(device, case_of(device, quick), seed, threads, processes, peers)
+    print(cold_report.write(content, out))
     return int(bool(content["without"][OURS]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

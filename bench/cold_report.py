@@ -3,8 +3,6 @@
 python -m bench.cold_report bench/results/<machine>/cold.json      # writes and draws again what a run measured
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,17 +131,8 @@ def draw(content: dict[str, Any], path: Path) -> Path:
 
 def write(content: dict[str, Any], out: Path) -> str:
     """Write cold.json, cold.md and cold.png, and return the text."""
-    partial = out / "cold.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(out / "cold.json")
-    text = report(content)
-    (out / "cold.md").write_text(text)
-    draw(content, out / "cold.png")
-    return text
+    return records.leave(content, out, "cold", report, draw)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.cold_report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("path", type=Path, help="bench/results/<machine>/cold.json, of --suite cold")
-    path = parser.parse_args().path
-    write(json.loads(path.read_text()), path.parent)
+    records.again(__doc__ or "", write)

@@ -10,7 +10,6 @@ On a CPU "flash" is the torch backend, on a GPU the kernels. In float64 the orac
 error there is how far two roundings are apart.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -237,27 +236,13 @@ def measured(
     return content
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: measure, write and draw; 1 where ours raised or is not finite."""
+def run(out: Path, device: torch.device, seed: int, threads: int, quick: bool) -> int:
+    """Measure, write and draw; 1 where ours raised or is not finite. Quick: short sequences, and two seeds."""
     from bench import error_report
 
-    parser = argparse.ArgumentParser(prog="python -m bench.error", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of error.json, error.md and error.png")
-    parser.add_argument("--device", required=True, choices=["cpu", "cuda"])
-    parser.add_argument("--seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="short sequences, two seeds")
-    options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(threads)
     peers = [peer for name, peer in PEERS.items() if name != SDPA]  # which is one of its own backends
-    seeds = 2 if options.quick else SEEDS
-    content = measured(device, settings(options.quick), peers, options.seed, seeds, options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    print(error_report.write(content, options.out))
+    content = measured(device, settings(quick), peers, seed, 2 if quick else SEEDS, threads)
+    print(error_report.write(content, out))
     ours = [row for row in content["rows"] if row["peer"] in (OURS, PLAIN, HOPPER)]
     return int(any(row["outcome"] in ("wrong", "error") for row in ours))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,8 +3,6 @@
 python -m bench.error_report bench/results/<machine>/error.json      # writes and draws again what a run measured
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,17 +161,8 @@ def write(content: dict[str, Any], out: Path) -> str:
     """Write error.json, error.md and error.png, and return the text."""
     from bench.error_plot import draw
 
-    partial = out / "error.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(out / "error.json")
-    text = report(content)
-    (out / "error.md").write_text(text)
-    draw(content, out / "error.png")
-    return text
+    return records.leave(content, out, "error", report, draw)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.error_report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("path", type=Path, help="bench/results/<machine>/error.json, of --suite error")
-    path = parser.parse_args().path
-    write(json.loads(path.read_text()), path.parent)
+    records.again(__doc__ or "", write)

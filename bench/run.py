@@ -308,14 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = args.out or RESULTS / records.slug(records.machine(torch.device("cpu"), 1))
         told = ["--quick"] * args.quick + ["--no-memory"] * args.no_memory
         return scale_suite.main(["--out", str(out), "--seed", str(args.seed), *told])
+    settings = settings_of(args)
     if args.suite in ("error", "cold"):
         from bench import cold, error
 
-        device = settings_of(args).device
-        out = args.out or RESULTS / records.slug(records.machine(device, args.threads))
-        told = ["--out", str(out), "--device", device.type, "--threads", str(args.threads), *["--quick"] * args.quick]
-        return {"error": error, "cold": cold}[args.suite].main([*told, "--seed", str(args.seed)])
-    settings = settings_of(args)
+        out = args.out or RESULTS / records.slug(records.machine(settings.device, args.threads))
+        begin = error.run if args.suite == "error" else cold.run
+        return begin(out, settings.device, settings.seed, settings.threads, args.quick)
     try:
         import matplotlib  # noqa: F401
         from tqdm import tqdm
