@@ -53,16 +53,18 @@ def draw(content: dict[str, Any], path: Path) -> Path:
         cases = [case for case in found if case.dtype == dtype]
         for axes, (title, outputs) in zip(line, PANELS.items(), strict=True):
             points(axes, content, cases, outputs)
-            axes.axhline(EPS[dtype], color="#333333", lw=0.8, ls=":")
-            axes.annotate("half an ulp of 1", (len(cases) - 0.55, EPS[dtype]), (0, 2), textcoords="offset points",
-                          fontsize=7, ha="right")  # fmt: skip
+            for x in range(0, len(cases), 2):  # whose marks stand together
+                axes.axvspan(x - 0.5, x + 0.5, color="#777777", alpha=0.08, lw=0)
+            axes.axhline(EPS[dtype], color="#333333", lw=0.8, ls=":", label="half an ulp of 1")
             axes.set_yscale("log")
+            axes.tick_params(axis="y", which="both", labelsize=7)
+            axes.margins(y=0.12)
             axes.set_xlim(-0.5, len(cases) - 0.5)
             names = [case.name.removeprefix(dtype).strip() for case in cases]
             axes.set_xticks(range(len(cases)), names, rotation=25, ha="right", fontsize=8)
             axes.set_title(f"{dtype}: {title}", fontsize=10)
             axes.set_ylabel("rms error / rms of the oracle", fontsize=8)
-            axes.grid(alpha=0.3)
+            axes.grid(axis="y", alpha=0.3)
             bars, texts = axes.get_legend_handles_labels()
             handles |= dict(zip(texts, bars, strict=True))
     drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=9)

@@ -3,13 +3,14 @@
 python -m bench.error_report bench/results/<machine>/error.json      # writes and draws again what a run measured
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import record as records
 from bench.cases import Case
-from bench.peers import OURS, PEERS
+from bench.peers import OURS, OURS_ALL, PEERS, STANDARD
 from bench.report import table
 
 LEAST = 1.05  # times; less than that is no difference between two rms
@@ -39,13 +40,13 @@ def rms_of(content: dict[str, Any], case: str, peer: str, output: str) -> float 
 
 
 def less_exact(content: dict[str, Any], case: str, output: str) -> dict[str, float]:
-    """{peer: our rms over its rms} of the peers whose rms is clearly smaller than ours."""
+    """{peer: our rms over its rms} of other people's peers whose rms is clearly smaller than ours."""
     own = rms_of(content, case, OURS, output)
     theirs = {row["peer"]: rms_of(content, case, row["peer"], output) for row in content["rows"] if row["case"] == case}
     if own is None:
         return {}
-    ratios = {peer: own / rms if rms else float("inf") for peer, rms in theirs.items() if rms is not None and own > 0}
-    return {peer: ratio for peer, ratio in ratios.items() if peer != OURS and ratio >= LEAST}
+    ratios = {peer: own / rms if rms else math.inf for peer, rms in theirs.items() if rms is not None and own > 0}
+    return {peer: ratio for peer, ratio in ratios.items() if peer not in OURS_ALL and ratio >= LEAST}
 
 
 def cell(content: dict[str, Any], case: str, peer: str, output: str) -> str:
@@ -90,7 +91,7 @@ def against_standard(content: dict[str, Any]) -> str:
         line = [dtype]
         for output in OUTPUTS:
             pairs = [
-                (rms_of(content, case.name, OURS, output), rms_of(content, case.name, "standard", output))
+                (rms_of(content, case.name, OURS, output), rms_of(content, case.name, STANDARD, output))
                 for case in cases_of(content)
                 if case.dtype == dtype
             ]
@@ -110,7 +111,8 @@ def worse(content: dict[str, Any]) -> str:
         for output in OUTPUTS:
             if found := less_exact(content, case.name, output):
                 peer, ratio = max(found.items(), key=lambda each: each[1])
-                lines.append(f"- {case.name}, {output}: rms {ratio:.2f}x that of {peer}")
+                how = f"rms {ratio:.2f}x that of {peer}" if math.isfinite(ratio) else f"{peer} has no error"
+                lines.append(f"- {case.name}, {output}: {how}")
     return "## Where flash is less exact (marked <)\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -144,7 +146,7 @@ def environment(content: dict[str, Any]) -> str:
         lines += ['- "flash" is the torch backend, "flash-triton" the kernels: ' + settings["kernels"]]
         lines += ["- no GPU was used: exp2 and the products of a GPU round in their own ways"]
     lines += ["- lse: of standard attention in its dtype; of ours and of FlexAttention float32, or float64 of float64"]
-    lines += ["- float64: the oracle rounds as much as what it judges, so that these are distances of two roundings"]
+    lines += ["- float64: the oracle rounds as much as what it judges, and what rounds just as it does has no error"]
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ WINDOWS = "Long sequences: window 1024, causal, forward, batch 1, 8 heads, head_
 PLAIN = "Triton 3.7.1: python -m flash.autotune.resources forward --head-dim"
 OLDER = "Triton 3.6.0: python -m flash.autotune.resources forward --head-dim"
 SLOWER = "Where flash is slower (marked <) > "
+ERROR, RATIOS = CPU + "error.md", "rms of flash over rms of standard attention"
 DENSE = "Cache: dense; q float32, head_dim 128 > "
 MODEL = "The model beside 1, 2 and 4 processes > "
 EXPONENTIALS = COMPILED + "exponentials.txt"
@@ -107,6 +108,13 @@ FACTS = (
     Fact("reach at most {88} %", SCALE, MODEL + "| 2 | 4096 | ring | contiguous | full |"),
     Fact("({41} % to", SCALE, MODEL + "| 2 | 1024 | ulysses | contiguous | full |"),
     Fact("(41 % to {65} % at 1024 tokens)", SCALE, MODEL + "| 2 | 1024 | ring | contiguous | full |"),
+    # errors
+    Fact("the error of o is {0.14}x to {0.51}x that of standard attention", ERROR, f"{RATIOS} > | bfloat16 |"),
+    Fact("and of dv {0.15}x to {0.52}x", ERROR, f"{RATIOS} > | bfloat16 |"),
+    Fact("{3.03}x in dq of bfloat16 with large scores", ERROR, "- bfloat16 scores x8, dq:"),
+    Fact("in o of float32: up to {2.63}x", ERROR, "- float32 scores x8, o:"),
+    Fact("in float32: up to {1.25}x in dq", ERROR, "- float32 causal, dq:"),
+    Fact("at the last bits, up to {1.87}x in o", ERROR, "- float64 causal 4096, o:"),
     # compiled kernels
     Fact("costs the compiled kernel {1} to 4 % more instructions", COMPILED + "clamps.txt", "cuda:90, pages of 128"),
     Fact("costs the compiled kernel 1 to {4} % more instructions", COMPILED + "clamps.txt", "hip:gfx942, pages of 1:"),
