@@ -64,9 +64,20 @@ def squeezed(text: str) -> str:
 
 
 def sections(text: str) -> Iterator[str]:
-    """A page's text from heading to heading, code blocks left out."""
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    yield from re.split(r"^(?=#+ )", text, flags=re.MULTILINE)
+    """A page's text from heading to heading."""
+    lines: list[str] = []
+    code = False
+    for line in text.splitlines(keepends=True):
+        code ^= line.startswith("```")
+        if not code and re.match(r"#+ ", line):
+            yield "".join(lines)
+            lines = []
+        lines.append(line)
+    yield "".join(lines)
+
+
+def without_code(section: str) -> str:
+    return re.sub(r"^```.*?^```$", "", section, flags=re.DOTALL | re.MULTILINE)
 
 
 def cells(line: str) -> tuple[str, ...]:
@@ -156,7 +167,8 @@ def faults(text: str, facts: Iterable[Fact] = FACTS, root: Path = ROOT) -> list[
     known, found = reports(root), []
     for section in sections(text):
         used: set[str] = set()
-        said = prose(section, set(known))
+        shown = without_code(section)
+        said = prose(shown, set(known))
         proved = []
         for fact in facts:
             if places := list(spans(said, fact_on(said, fact))):
@@ -168,12 +180,12 @@ def faults(text: str, facts: Iterable[Fact] = FACTS, root: Path = ROOT) -> list[
             start, stop = match.span(1)
             if not any(a <= start and stop <= b for a, b in proved + allowed):
                 found.append(f"{match[0]!r} is tied to nothing: ..{said[max(0, start - 50) : stop + 20]}..")
-        found += [f"no report has the row {' | '.join(row)}" for row in unknown_rows(section, set(known))]
-        for line in section.splitlines():
+        found += [f"no report has the row {' | '.join(row)}" for row in unknown_rows(shown, set(known))]
+        for line in shown.splitlines():
             names = known.get(cells(line), set()) if line.startswith("|") else set()
             if names and re.search(r"\d", line) and not any(beside(section, name) for name in names):
                 found.append(f"{sorted(names)} has the row {line.strip()}, whose command is not beside it")
-        pictures = re.findall(r"!\[[^]]*\]\(([^)]*(?:bench/results|examples)/[^)]*)\)", section)
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]*(?:bench/results|examples)/[^)]*)\)", shown)
         for file in sorted(used) + pictures:
             if not beside(section, file):
                 found.append(f"{file}: none of {commands_of(file)} is beside it")
@@ -208,6 +220,7 @@ def test_every_fact_is_what_its_line_says(fact: Fact) -> None:
 def test_a_figure_that_is_invented_is_seen(tmp_path: Path) -> None:
     folder = tmp_path / RESULTS / "machine"
     folder.mkdir(parents=True)
+    shell = "```sh\n# from a clone\npython -m bench.run --suite features\n```"
     table = "| feature | flash ms |\n|--|--|\n| bias | {} |\n"
     (folder / "features.md").write_text("# F\n\n" + table.format(12.5) + "\n- window: 41% slower\n")
     right = Fact("a window costs {41} %", RESULTS + "machine/features.md", "window:")
@@ -222,6 +235,7 @@ def test_a_figure_that_is_invented_is_seen(tmp_path: Path) -> None:
     assert "tied to nothing" in of(f"## A\n\n{told}: a window costs 43 %.", right)[0]
     assert "beside" in of("## A\n\na window costs 41 %.", right)[0]
     assert "beside" in of(f"## A\n\na window costs 41 %.\n\n## B\n\n{told}", right)[0]
+    assert not of(f"## A\n\n{shell}\n\na window costs 41 %.", right)
     assert not of(f"## A\n\n{told}\n\n" + table.format(12.5))
     assert "no report has the row" in of(f"## A\n\n{told}\n\n" + table.format(12.6))[0]
     assert "whose command is not beside it" in of("## A\n\n" + table.format(12.5))[0]
@@ -287,7 +301,7 @@ def ran_on_a_gpu() -> bool:
 @pytest.mark.skipif(ran_on_a_gpu(), reason="a run on a GPU is among the results")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_what_never_ran_on_a_gpu_says_so(path: Path) -> None:
-    text = "".join(sections(path.read_text(encoding="utf-8")))
+    text = without_code(path.read_text(encoding="utf-8"))
     assert NEVER.search(squeezed(text)) or not OF_GPUS.search(text), "it speaks of GPUs, not of what never ran"
 
 
