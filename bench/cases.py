@@ -38,10 +38,10 @@ class Case:
         head_dim: width of a query and of a key.
         head_dim_v: width of a value.
         causal: query i sees key j when j <= i + seqlen_k - seqlen_q.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16", of the error suite "float64" as well.
         series: "sweep" for a point on a curve over sequence length, "model" for a published model's shape, "feature"
             for one shape with a feature, "long" for a point on a curve of a feature over long sequences, "decode" for a
-            new token against a cache.
+            new token against a cache, "error" for one whose errors are measured, "cold" for first calls.
         feature: what bench.features.find takes, such as "window 1024"; "" = none.
         cache: how the keys of decoding are held, one of DECODE_CACHES; "" = not decoding.
     """

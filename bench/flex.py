@@ -20,7 +20,7 @@ def flex_absent(case: Case, device: torch.device) -> str | None:
     """FlexAttention counts where it is compiled, and has a backward where one is timed."""
     if case.traits.dropout_p:
         return "FlexAttention has no dropout"
-    if device.type == "cuda" or case.series == "long":
+    if device.type == "cuda" or case.series in ("long", "error", "cold"):
         return None
     return "compiled FlexAttention has no backward on a CPU, and eager FlexAttention materialises the scores"
 
@@ -88,18 +88,24 @@ def flex_score(case: Case, device: torch.device, operand: Any = None) -> Closure
     return own.get(name)
 
 
+def flex_blocks(case: Case, device: torch.device) -> Any:
+    """The case's visibility as a BlockMask; None where all see all."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if (mask := flex_mask(case, device)) is None:
+        return None
+    whole = case.seqlen_k < COMPILED_MASKS or device.type == "cpu"
+    make = create_block_mask if whole else torch.compile(create_block_mask)
+    return make(mask, None, None, case.seqlen_q, case.seqlen_k, device=device.type)
+
+
 @contextmanager
 def flex(case: Case, device: torch.device) -> Iterator[Closure]:
     """FlexAttention, compiled, with a BlockMask where something is hidden; sinks by its lse, as transformers has it."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    block_mask = None
-    if (mask := flex_mask(case, device)) is not None:
-        whole = case.seqlen_k < COMPILED_MASKS or device.type == "cpu"
-        make = create_block_mask if whole else torch.compile(create_block_mask)
-        block_mask = make(mask, None, None, case.seqlen_q, case.seqlen_k, device=device.type)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    told: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": case.group > 1}
+    told: dict[str, Any] = {"block_mask": flex_blocks(case, device), "enable_gqa": case.group > 1}
     sinks = case.traits.operand == "sinks"
     score_of = cache(partial(flex_score, case, device))  # one function for a bias, as a model has it
 

@@ -5,7 +5,7 @@
 Without a GPU a stand-in driver compiles for sm_90 and launches nothing, and CPU tensors pass for a GPU's. Left out are
 then the driver's launch itself and CUDA's allocator. torch's scaled_dot_product_attention is timed on CPU tensors of
 one element, where it dispatches, allocates and computes next to nothing. Times are those of the thread's CPU clock, the
-least of several rounds, so that other processes do not count.
+least of several rounds, so that other processes do not count; beside it the median and the spread of all rounds.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from bench import record as records
+from bench.measure import quantiles
 
 WARM = 10  # calls that tell how many make a round
 ROUND = 0.008  # seconds of calls whose mean counts as one measurement
@@ -33,11 +35,16 @@ Call = Callable[[], Any]
 
 
 def microseconds(ways: dict[str, Call]) -> dict[str, float | None]:
-    """The CPU time of one call of each: the least mean of several rounds; None of what is not served.
+    """The least of rounds_of; None of what is not served."""
+    return {name: min(times, default=None) for name, times in rounds_of(ways).items()}
+
+
+def rounds_of(ways: dict[str, Call]) -> dict[str, list[float]]:
+    """Microseconds of CPU time that a call of each takes, the mean of each of several rounds; nothing where not served.
 
     A machine may be slow for seconds on end, so that rounds of the same call are as far apart as can be.
     """
-    found: dict[str, float | None] = dict.fromkeys(ways)
+    found: dict[str, list[float]] = {name: [] for name in ways}
     rounds = {}
     for name, call in ways.items():
         with suppress(NotImplementedError):
@@ -45,8 +52,7 @@ def microseconds(ways: dict[str, Call]) -> dict[str, float | None]:
             rounds[name] = max(1, round(ROUND / mean(call, WARM)))
     for _ in range(ROUNDS):
         for name, calls in rounds.items():
-            took = 1e6 * mean(ways[name], calls)
-            found[name] = min(took, found[name] or took)
+            found[name].append(1e6 * mean(ways[name], calls))
     return found
 
 
@@ -191,17 +197,25 @@ def main(argv: list[str] | None = None) -> int:
         pretend()
     torch.set_num_threads(1)
     with torch.no_grad():
-        found = microseconds(rows(device))
+        found = rounds_of(rows(device))
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps({name: min(times, default=None) for name, times in found.items()}))
         return 0
     text = table(found)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {
             "machine": machine,
-            "settings": {"round_s": ROUND, "rounds": ROUNDS},
-            "microseconds": found,
+            "settings": {
+                "round_s": ROUND,
+                "rounds": ROUNDS,
+                "operands": "zeros",
+                "statistics": "least, median, 20th and 80th percentile of rounds",
+            },
+            "microseconds": {
+                name: {"least": min(times), **asdict(quantiles(times))} if times else None
+                for name, times in found.items()
+            },
         }
         (options.out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
         about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
@@ -211,14 +225,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def table(found: dict[str, float | None]) -> str:
-    """Microseconds of each path, and as multiples of scaled_dot_product_attention's own call."""
-    base = found["scaled_dot_product_attention"]
-    assert base is not None
-    lines = [f"{'path':40} {'microseconds':>12} {'x SDPA':>8}"]
-    for name, value in found.items():
+def table(found: dict[str, list[float]]) -> str:
+    """Microseconds of each path: the least, its multiple of SDPA's own call, the median ± half the p20-p80 spread."""
+    base = min(found["scaled_dot_product_attention"])
+    lines = [f"{'path':40} {'least':>10} {'x SDPA':>8} {'median':>16}   (microseconds)"]
+    for name, times in found.items():
+        if not times:
+            lines.append(f"{name:40} {'not served':>10}")
+            continue
+        all_rounds = quantiles(times)
+        spread = f"{50 * (all_rounds.p80 - all_rounds.p20) / all_rounds.median:.0f}%"
         lines.append(
-            f"{name:40} {'not served':>12}" if value is None else f"{name:40} {value:12.1f} {value / base:8.1f}"
+            f"{name:40} {min(times):10.1f} {min(times) / base:8.1f} {f'{all_rounds.median:.1f} ±{spread}':>16}"
         )
     return "\n".join(lines)
 

@@ -1,11 +1,12 @@
 """What a run leaves behind: the machine, the settings and one row per case, peer and pass, as JSON."""
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -98,6 +99,26 @@ class Record:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(path)
+
+
+def leave(content: dict[str, Any], out: Path, stem: str, report: Callable[..., str], draw: Callable[..., Path]) -> str:
+    """Writes a suite's STEM.json, whole or not at all, STEM.md and STEM.png; returns report(content)."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"{stem}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(out / f"{stem}.json")
+    text = report(content)
+    (out / f"{stem}.md").write_text(text)
+    draw(content, out / f"{stem}.png")
+    return text
+
+
+def again(about: str, write: Callable[[dict[str, Any], Path], str]) -> None:
+    """Command line of a suite's report: writes and draws again what a run measured."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("path", type=Path, help="the suite's JSON in bench/results/<machine>")
+    path = parser.parse_args().path
+    write(json.loads(path.read_text()), path.parent)
 
 
 def load(path: Path) -> Record:

@@ -8,6 +8,8 @@
     python -m bench.run --suite decode     # one token against a cache of keys: decode.json, .md, decode-*.png
     python -m bench.run --suite overhead   # what calling costs in Python, without a GPU too: bench/overhead.py
     python -m bench.run --suite scale      # sharded sequences, model and processes of this CPU: bench/scale_suite.py
+    python -m bench.run --suite error      # how far results are from float64, ours and peers': bench/error.py
+    python -m bench.run --suite cold       # importing and first calls, in fresh processes: bench/cold.py
 
 Nothing is timed before its result matched the float64 oracle (bench/check.py). Every combination of case, peer and pass
 leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, with the reason.
@@ -137,7 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=shown)
     option = parser.add_argument
-    suites = "auto, cpu, sweep, models, all, quick, features, long, speed, decode, overhead or scale (default: auto)"
+    suites = "auto, cpu, sweep, models, all, quick, features, long, speed, decode, overhead, scale, error or cold"
     option("--suite", default="auto", help=suites)
     option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
     option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
@@ -307,6 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = ["--quick"] * args.quick + ["--no-memory"] * args.no_memory
         return scale_suite.main(["--out", str(out), "--seed", str(args.seed), *told])
     settings = settings_of(args)
+    if args.suite in ("error", "cold"):
+        from bench import cold, error
+
+        out = args.out or RESULTS / records.slug(records.machine(settings.device, args.threads))
+        begin = error.run if args.suite == "error" else cold.run
+        return begin(out, settings.device, settings.seed, settings.threads, args.quick)
     try:
         import matplotlib  # noqa: F401
         from tqdm import tqdm
