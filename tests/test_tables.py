@@ -193,6 +193,11 @@ HOSTILE = {
     "other format": tables.dump(table()).replace('"format": 1', '"format": 2').encode(),
     "no rows": HEAD + b"}",
     "row of numbers": HEAD + b', "rows": [1]}',
+    "a name twice": HEAD + b', "timed": true, "rows": []}',
+    "terminal escapes": tables.dump(table()).replace(GPU, "\\u001b[2J").encode(),
+    "half a character": tables.dump(table()).replace(GPU, "\\ud800").encode(),
+    "text turned around": tables.dump(table()).replace(GPU, "\\u202e").encode(),
+    "more digits than Python reads": HEAD + b', "rows": [' + b"9" * 5000 + b"]}",
 }
 
 
@@ -296,7 +301,8 @@ def test_no_formula_chooses_for_half_precision_on_a_gpu_of_today(
 
 def test_no_call_waits_for_a_file_that_is_no_table(folder: Path) -> None:
     os.mkfifo(folder / tables.user_table_name("cuda:90", GPU))
-    assert look(gpu=GPU) == look()
+    with pytest.warns(RuntimeWarning, match="it must be a file"):
+        assert look(gpu=GPU) == look()
 
 
 def test_tables_hold_no_code() -> None:
