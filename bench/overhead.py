@@ -196,19 +196,22 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(found))
         return 0
     text = table(found)
+    writing = records.Writing()
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        content = {
-            "machine": machine,
-            "settings": {"round_s": ROUND, "rounds": ROUNDS},
-            "microseconds": found,
-        }
-        (options.out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
-        about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
-        note = (__doc__ or "").split("\n\n")[-1].strip()
-        (options.out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
+        with writing.attempt(options.out):
+            write(options.out, machine, found, text)
     print(text)
-    return 0
+    return writing.status()
+
+
+def write(out: Path, machine: dict[str, Any], found: dict[str, float | None], text: str) -> None:
+    """overhead.json and overhead.md in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine, "settings": {"round_s": ROUND, "rounds": ROUNDS}, "microseconds": found}
+    (out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
+    about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
+    note = (__doc__ or "").split("\n\n")[-1].strip()
+    (out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
 
 
 def table(found: dict[str, float | None]) -> str:

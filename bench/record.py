@@ -5,7 +5,9 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +21,7 @@ from bench.measure import Latency, available_memory
 from bench.peers import STANDARD
 
 PACKAGES = ("torch", "triton", "flash-triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12")
+UNWRITTEN = 5  # the exit code of a run whose results are on the screen alone
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
@@ -95,9 +98,41 @@ class Record:
         content["rows"] = [asdict(row) for row in self.rows.values()]
         if not self.speed:
             del content["speed"]
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole, or leaves the old one as it was."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(text)
         partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+class Writing:
+    """Writes results that are worth more than the place for them: what fails is told at the end, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.fault = ""
+
+    @contextmanager
+    def attempt(self, path: Path) -> Iterator[None]:
+        """A block that writes a file, or does not."""
+        try:
+            yield
+        except OSError as error:
+            self.fault = self.fault or f"cannot write {path}: {error.strerror or error}"
+
+    def status(self) -> int:
+        """The exit code; the first fault is told in one line."""
+        if not self.fault:
+            return 0
+        print(f"{self.fault}; the results are printed alone", file=sys.stderr)
+        return UNWRITTEN
 
 
 def load(path: Path) -> Record:
