@@ -19,12 +19,10 @@ def missing(what: str) -> pytest.MarkDecorator:
 # Faults of the tools
 
 
-@missing("twenty real kills")
 def test_a_killed_sweep_ends_in_the_same_table() -> None:
     hold("test_faults", "test_a_sweep_killed_at_twenty_random_points_ends_in_the_same_table")
 
 
-@missing("a set of files for all readers")
 def test_tables_that_are_none_make_one_warning_and_no_wrong_result() -> None:
     hold("test_tables", "test_hostile_file_is_left_out_with_one_warning")
     hold("test_faults", "test_any_table_that_is_read_gives_right_results_or_is_refused")
@@ -36,19 +34,16 @@ def test_bad_candidates_are_recorded_and_passed_over() -> None:
     hold("test_sweep", "test_exception_is_recorded_as_what_it_means")
 
 
-@missing("exit codes of every tool")
 def test_a_gpu_that_is_gone_or_was_never_there_ends_with_one_line() -> None:
     hold("test_faults", "test_a_gpu_that_is_gone_ends_the_sweep_with_exit_code_3")
     hold("test_faults", "test_tools_that_need_a_gpu_say_so_in_one_line")
 
 
-@missing("disk full, cache not writable, home read-only")
 def test_a_full_disk_or_a_read_only_home_changes_no_result() -> None:
     hold("test_faults", "test_a_full_disk_leaves_the_old_table_and_one_line")
     hold("test_faults", "test_a_read_only_home_or_cache_leaves_results_as_they_are")
 
 
-@missing("sixty kills of two sweeps at once")
 def test_two_sweeps_at_once_corrupt_and_lose_nothing() -> None:
     hold("test_faults", "test_sixty_kills_of_sweeps_at_once_corrupt_nothing_and_lose_no_entry")
 
@@ -103,7 +98,6 @@ def test_the_suite_holds_in_any_order() -> None:
     hold("test_sampling", "test_the_order_of_tests_is_drawn_and_told")
 
 
-@missing("a thousand tables, of every kind")
 def test_a_thousand_hostile_tables() -> None:
     hold("test_decode_hostile", "test_a_thousand_hostile_lengths_and_tables")
     hold("test_faults", "test_a_thousand_hostile_tables_of_tiles")
