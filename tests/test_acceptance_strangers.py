@@ -51,23 +51,19 @@ def test_two_sweeps_at_once_corrupt_and_lose_nothing() -> None:
 # Threats
 
 
-@missing("a search of all that is shipped")
 def test_nothing_that_is_shipped_can_run_what_a_file_says() -> None:
     hold("test_threats", "test_no_pickle_eval_exec_or_load", "test_user_functions_are_jit_functions")
 
 
-@missing("modes of every file that is written")
 def test_caches_are_private() -> None:
     hold("test_threats", "test_what_is_written_is_private_to_the_user")
     hold("test_tables", "test_file_that_others_may_write_or_link_is_left_out")
 
 
-@missing("a process without sockets")
 def test_nothing_reads_the_network() -> None:
     hold("test_threats", "test_import_and_calls_open_no_socket")
 
 
-@missing("a time")
 def test_import_is_quiet_and_quick() -> None:
     hold(
         "test_layout", "test_import_touches_no_device_no_environment_and_no_thread", "test_library_reads_no_environment"
