@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flash.autotune import sweep
+from flash.autotune import owned, sweep
 from flash.autotune.journal import Journal
 from flash.autotune.measure import Job
 from tests import kills
@@ -30,6 +30,22 @@ def test_a_journal_stays_while_another_sweep_uses_it(tmp_path: Path) -> None:
     assert not path.exists()
     third.write("d", 4)
     assert Journal(path).entries == {"d": 4}
+
+
+def test_a_journal_that_is_removed_as_it_is_opened_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    stock, removed = owned.lock, []
+
+    def lock(*arguments: Any, **options: Any) -> Any:
+        if not removed:
+            removed.append(path.unlink())  # type: ignore[func-returns-value]
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(owned, "lock", lock)
+    Journal(path).write("a", 1)
+    assert Journal(path).entries == {"a": 1}
 
 
 def put(path: Path, what: str) -> None:

@@ -102,7 +102,8 @@ def test_no_pickle_eval_exec_or_load() -> None:
     [
         "import pickle", "from pickle import loads", "import os, ctypes.util", "eval('1')", "exec(text)",
         "compile(a, b, c)", "__import__('os')", "os.system('ls')", "subprocess.run('ls', shell=True)",
-        "torch.load(path)", "torch.load(path, weights_only=False)", "from os import system", "os.execv(a, b)", "torch.hub.load('a', 'b')",
+        "torch.load(path)", "torch.load(path, weights_only=False)", "from os import system", "os.execv(a, b)",
+        "torch.hub.load('a', 'b')",
         "numpy.load(path, allow_pickle=True)", "importlib.import_module(name)", "library.dlopen(path)",
         "import torch.utils.cpp_extension as c\ntorch.utils.cpp_extension.load(name)", "import urllib.request",
     ],
