@@ -128,9 +128,11 @@ def is_running(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads what runs from /proc")
 def test_a_job_that_hangs_ends_with_a_sweep_that_was_killed() -> None:
     command = [sys.executable, "-c", "from tests.test_worker import orphan; orphan()"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+    assert parent.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 20
-    while is_running(int(done.stdout)):
+    while is_running(child):
         assert time.monotonic() < deadline, "it goes on"
         time.sleep(0.05)
