@@ -8,7 +8,8 @@ Every candidate is compiled, and compared with the float64 oracle before it may 
 sweep goes on where it was when it is started again. The table goes beside Triton's cache, or where --output says.
 
 Exit codes: 0 done; 2 wrong arguments; 3 the GPU went away, and what was found is kept; 4 there is no GPU; 5 the table
-cannot be written. A file in its place that is no table is put aside as .bad with a warning, and stops nothing.
+cannot be written. What lies in its place and is no table is put aside as .bad with a warning, and stops nothing: there
+is no strict mode.
 """
 
 import argparse

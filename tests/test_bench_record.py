@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import run
+from bench import overhead, run, scale_suite
 from bench.peers import OURS
 from bench.record import write_whole
+from tests.test_bench_scale import invented
 from tests.test_faults import one_line, small_files
 
 
@@ -25,6 +26,21 @@ def test_results_that_cannot_be_written_are_printed(
     assert run.main([*arguments, "--peers", OURS, "--out", str(tmp_path), "--resume"]) == 2
     assert "cannot resume from" in one_line(capsys)
     assert (tmp_path / "decode.json").read_text() == "{"
+
+
+def test_suites_of_their_own_print_what_they_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the bench extra")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(overhead, "pretend", lambda: None)
+    monkeypatch.setattr(overhead, "rows", lambda device: {})
+    monkeypatch.setattr(overhead, "microseconds", lambda rows: {"scaled_dot_product_attention": 1.5})
+    monkeypatch.setattr(scale_suite, "measured", lambda *settings, **options: invented())
+    for suite, words in (("overhead", "scaled_dot_product_attention"), ("scale", "What is simulated")):
+        assert run.main(["--suite", suite, "--out", str(tmp_path / "file" / "out")]) == 5
+        out, err = capsys.readouterr()
+        assert words in out and err.count("\n") == 1 and err.startswith("cannot write")
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
