@@ -37,8 +37,9 @@ class Journal:
             return
         except (OSError, ValueError) as error:
             self._tell(f"ignoring the journal {path}: {error}")
-            with suppress(OSError):
-                os.replace(path, path.with_name(path.name + ".bad"))
+            if not path.is_dir():
+                with suppress(OSError):
+                    os.replace(path, path.with_name(path.name + ".bad"))
             return
         for line in text.split(b"\n"):
             self._take(line)

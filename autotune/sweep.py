@@ -16,6 +16,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,13 +252,21 @@ def _words(cell: Cell, best: tables.Row | None, last: Outcome) -> str:
     return f"{where}: best {so_far}, last {last['status']}"
 
 
-def bar(total: int) -> Any:
-    """A progress bar, or None where tqdm is not installed."""
+@contextmanager
+def bar(total: int) -> Iterator[Any]:
+    """A progress bar, or None where tqdm is not installed; what is printed after it has a line of its own."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return None
-    return tqdm(total=total, dynamic_ncols=True)
+        yield None
+        return
+    with tqdm(total=total, dynamic_ncols=True) as progress:
+        yield progress
+
+
+def journal_of(path: Path) -> Path:
+    """The journal of a table, whatever the table is called."""
+    return path.with_name(path.name + ".journal")
 
 
 def summary(journal: Journal) -> str:
@@ -292,10 +301,11 @@ def _offline(options: argparse.Namespace) -> int:
     wanted = [need for need in wanted if need.kernel in options.kernel]
     if not _writable(path, private=False):
         return 5
-    journal, worker = Journal(path.with_suffix(".journal")), Worker(COMPILER, COMPILE_TIMEOUT)
+    journal, worker = Journal(journal_of(path)), Worker(COMPILER, COMPILE_TIMEOUT)
     compile, triton = compile_apart(worker), tables.triton_version() or ""
     try:
-        table = offline.build_table(target, wanted, compile, journal, triton, bar(len(wanted)))
+        with bar(len(wanted)) as progress:
+            table = offline.build_table(target, wanted, compile, journal, triton, progress)
     except Gone as error:
         return _say(f"stopped: {error}; start again to go on from here", 3)
     finally:
@@ -325,11 +335,12 @@ def _here(options: argparse.Namespace) -> int:
     )
     if not _writable(path, private):
         return 5
-    journal = Journal(path.with_suffix(".journal"))
+    journal = Journal(journal_of(path))
     compiler, worker = Worker(COMPILER, COMPILE_TIMEOUT), Worker(RUNNER, TIMEOUT)
     compile, stopped = compile_apart(compiler), ""
     try:
-        table = sweep(target, gpu, wanted, compile, worker.run, journal, bar(len(wanted)), answers)
+        with bar(len(wanted)) as progress:
+            table = sweep(target, gpu, wanted, compile, worker.run, journal, progress, answers)
     except Gone as error:
         table, stopped = error.table, str(error)
     finally:

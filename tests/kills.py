@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def pretend(patch: pytest.MonkeyPatch, folder: Path, stand: Stand | None = None)
     patch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     patch.setattr(sweep, "_target", lambda: TARGET)
     patch.setattr(sweep, "Worker", stand or Stand())
-    patch.setattr(sweep, "bar", lambda total: None)
+    patch.setattr(sweep, "bar", lambda total: nullcontext())
     patch.setattr(sweep, "answers", lambda: False)
     patch.setattr(tables, "user_folder", lambda: folder)
     return folder / tables.user_table_name(TARGET, GPU)
@@ -90,7 +91,7 @@ def left(folder: Path) -> list[str]:
 
 def again(path: Path, whole: bytes) -> dict[str, Any]:
     """Whether a killed sweep, run again, ends in the table of one that was not; how much it had not to do again."""
-    kept = len(Journal(path.with_suffix(".journal")).entries)
+    kept = len(Journal(sweep.journal_of(path)).entries)
     code = ended(forked(SMALL))
     return {"code": code, "same": path.read_bytes() == whole, "left": left(path.parent), "kept": kept}
 

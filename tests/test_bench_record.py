@@ -28,6 +28,7 @@ def test_results_that_cannot_be_written_are_printed(
     assert (tmp_path / "decode.json").read_text() == "{"
 
 
+@pytest.mark.slow
 def test_suites_of_their_own_print_what_they_cannot_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,17 @@ def test_a_process_that_does_not_start_ends_the_sweep_with_exit_code_3(
     assert not path.exists()
 
 
+def test_what_a_sweep_says_at_last_stands_in_a_line_of_its_own_below_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm", reason="the progress bar needs the bench extra")
+    shown = sweep.bar
+    pretend(monkeypatch, tmp_path, Stand(lambda job: {"status": "crash", "note": ""}))
+    monkeypatch.setattr(sweep, "bar", shown)
+    assert sweep.main(SMALL) == 3
+    assert capsys.readouterr().err.rpartition("\n")[0].split("\n")[-1].startswith("stopped: 3 candidates in a row")
+
+
 @pytest.mark.slow
 def test_no_gpu_answers_here() -> None:
     if torch.cuda.is_available():

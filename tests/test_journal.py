@@ -77,6 +77,16 @@ def test_a_journal_that_is_none_of_ours_is_put_aside_with_one_warning(tmp_path: 
     assert not (tmp_path / "elsewhere").exists() or "b" not in (tmp_path / "elsewhere").read_text()
 
 
+def test_a_folder_in_a_journals_place_stays(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.mkdir()
+    with pytest.warns(RuntimeWarning, match="ignoring the journal") as seen:
+        made = Journal(path)
+        made.write("a", 1)
+        made.remove()
+    assert len(seen) == 1 and os.listdir(tmp_path) == ["journal"]
+
+
 LIES = [
     {"status": "ok", "ms": float("nan")},
     {"status": "ok", "ms": -1.0},
@@ -97,7 +107,7 @@ def test_a_journal_that_says_nonsense_is_not_believed(
     whole = path.read_bytes()
     monkeypatch.setattr(Journal, "remove", lambda journal: None)
     assert sweep.main(SMALL) == 0
-    journal = path.with_suffix(".journal")
+    journal = sweep.journal_of(path)
     for key, value in Journal(journal).entries.items():
         Journal(journal).write(key, lie if isinstance(value, dict) else [[[48, 64, 4, 1, False], [0, 0, ""]]])
     assert sweep.main(SMALL) == 0

@@ -7,7 +7,7 @@ import pytest
 
 from flash.autotune import owned, store, sweep
 from flash.kernels.spec import Config
-from tests.kills import SMALL, pretend
+from tests.kills import ROWS, SMALL, pretend
 from tests.test_faults import one_line
 from tests.test_sweep import read, row, table
 
@@ -44,13 +44,23 @@ def test_rows_that_others_may_have_written_are_not_kept(tmp_path: Path) -> None:
     assert read(path).rows == (row(32),) and owned.is_private(path.stat())
 
 
-@pytest.mark.parametrize("output", ["/dev/null", "/dev/full"])
-def test_no_file_takes_the_place_of_a_device(
-    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_no_file_takes_the_place_of_a_pipe_a_folder_or_a_device(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pretend(monkeypatch, tmp_path / "home")
+    output = tmp_path / what
+    os.mkfifo(output) if what == "pipe" else output.mkdir()
+    kind = output.stat().st_mode
+    assert sweep.main([*SMALL, "--output", str(output)]) == 5
+    assert f"cannot write {output}" in one_line(capsys)
+    assert output.stat().st_mode == kind and os.listdir(tmp_path) == [what]
+
+
+@pytest.mark.parametrize("name", ["table.journal", "table.lock", "table", "table.json.bad"])
+def test_a_table_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, tmp_path)
-    stock = os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: stock(old, new) if "/dev" not in str(new) + str(old) else None)
-    assert sweep.main([*SMALL, "--output", output]) == 5
-    assert f"cannot write {output}" in one_line(capsys) and not Path(output).is_file()
-    assert not Path(f"{output}.lock").exists()
+    for _ in range(2):
+        assert sweep.main([*SMALL, "--output", str(tmp_path / name)]) == 0
+        assert len(read(tmp_path / name).rows) == ROWS
+    assert sorted(os.listdir(tmp_path)) == sorted([name, f"{name}.lock"])

@@ -359,7 +359,7 @@ def test_offline_writes_an_untimed_table_and_resumes(tmp_path: Path, monkeypatch
     needs = [offline.Need(*each[:5]) for each in made.rows]
     assert sorted(needs, key=str) == sorted(offline.needs(TARGET, ["bfloat16"], [64]), key=str)
     assert all(each.spill_bytes == 0 and each.config.block_m * each.config.block_n <= 4096 for each in made.rows)
-    assert not path.with_suffix(".journal").exists()
+    assert not sweep.journal_of(path).exists()
 
 
 @pytest.mark.parametrize("shares", [(1.0, 0.6), (1.0, 0.4), (0.0, 0.0)])

@@ -207,12 +207,12 @@ def test_what_is_written_is_private_to_the_user(
     assert sweep.main(SMALL) == 3  # the journal stays
     private = {
         home.name: 0o700, "flash-triton": 0o700, path.name: 0o600, f"{path.name}.lock": 0o600,
-        path.with_suffix(".journal").name: 0o600,
+        sweep.journal_of(path).name: 0o600,
     }  # fmt: skip
     assert modes(home) == private and drafts == [0o600]
     pretend(monkeypatch, home / "flash-triton")
     assert sweep.main(SMALL) == 0
-    del private[path.with_suffix(".journal").name]
+    del private[sweep.journal_of(path).name]
     assert modes(home) == private
 
 
@@ -274,7 +274,7 @@ def test_a_link_in_the_place_of_the_lock_or_the_journal_leads_nowhere(
     assert sweep.main(SMALL) == 5
     assert "cannot write" in one_line(capsys)
     lock.unlink()
-    path.with_suffix(".journal").symlink_to(victim)
+    sweep.journal_of(path).symlink_to(victim)
     with pytest.warns(RuntimeWarning, match="ignoring the journal"):
         assert sweep.main(SMALL) == 0
     assert victim.read_text() == "precious"
