@@ -18,8 +18,9 @@ def opened(path: Path, flags: int, owned: bool = True) -> int:
 
     Args:
         path: the file.
-        flags: as os.open takes them.
-        owned: whether it must be no link, belong to this user, and be one that nobody else may write to.
+        flags: as os.open takes them; what may be made is no link.
+        owned: whether it must be no link, belong to this user, and be one that nobody else may write to; of what is
+            written there may be no second name.
 
     Returns:
         The descriptor.
@@ -27,13 +28,15 @@ def opened(path: Path, flags: int, owned: bool = True) -> int:
     Raises:
         OSError: it cannot be opened, or is not what it must be.
     """
-    descriptor = os.open(path, flags | AT_ONCE | (NO_LINK if owned else 0), 0o600)
+    descriptor = os.open(path, flags | AT_ONCE | (NO_LINK if owned or flags & os.O_CREAT else 0), 0o600)
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise OSError("it must be a file")
         if owned and not is_private(about):
             raise PermissionError("it must belong to this user, and others must not be able to write to it")
+        if owned and flags & os.O_WRONLY and about.st_nlink > 1:  # somebody may have given another file this name
+            raise PermissionError("it must have no other name")
     except OSError:
         os.close(descriptor)
         raise

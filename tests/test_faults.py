@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -336,6 +335,8 @@ def test_a_gpu_that_cannot_be_used_is_none(
 @contextmanager
 def small_files(limit: int) -> Iterator[None]:
     """No file of this process may grow beyond so many bytes: Python ignores the signal, and writing fails."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

@@ -280,6 +280,29 @@ def test_a_link_in_the_place_of_the_lock_or_the_journal_leads_nowhere(
     assert victim.read_text() == "precious"
 
 
+def test_a_link_in_the_place_of_a_lock_makes_no_file_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, tmp_path / "cache")
+    output = tmp_path / "table.json"
+    (tmp_path / "table.json.lock").symlink_to(tmp_path / "made")
+    assert sweep.main([*SMALL, "--output", str(output)]) == 5
+    assert "cannot write" in one_line(capsys) and os.listdir(tmp_path) == ["table.json.lock"]
+
+
+def test_a_journal_that_is_another_file_by_a_second_name_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pretend(monkeypatch, tmp_path / "cache")
+    path.parent.mkdir(0o700)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    os.link(victim, sweep.journal_of(path))
+    with pytest.warns(RuntimeWarning, match="it must have no other name"):
+        assert sweep.main(SMALL) == 0
+    assert victim.read_text() == "precious" and tables.parse(path.read_bytes()).rows
+
+
 def swap(path: Path, other: Callable[[], Any], patch: pytest.MonkeyPatch) -> None:
     """Just before a file is opened, something else takes its place."""
     stock = os.open
