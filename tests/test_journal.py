@@ -107,9 +107,9 @@ def test_a_journal_that_says_nonsense_is_not_believed(
     whole = path.read_bytes()
     monkeypatch.setattr(Journal, "remove", lambda journal: None)
     assert sweep.main(SMALL) == 0
-    journal = sweep.journal_of(path)
-    for key, value in Journal(journal).entries.items():
-        Journal(journal).write(key, lie if isinstance(value, dict) else [[[48, 64, 4, 1, False], [0, 0, ""]]])
+    known = Journal(sweep.journal_of(path))
+    for key, value in list(known.entries.items()):
+        known.write(key, lie if isinstance(value, dict) else [[[48, 64, 4, 1, False], [0, 0, ""]]])
     assert sweep.main(SMALL) == 0
     assert path.read_bytes() == whole
 
