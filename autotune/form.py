@@ -80,12 +80,13 @@ def parse(text: bytes) -> Table:
     Raises:
         ValueError: it is no JSON, or holds what no table holds.
     """
-    data = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+    data = json.loads(text.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_once)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"a table must be an object of format {FORMAT}")
     words = [data.get(field) for field in ("target", "gpu", "triton")] + [data.get("kernels", "")]
-    if not all(isinstance(word, str) and len(word) <= 200 for word in words):
-        raise ValueError("target, gpu, triton and kernels must be short strings")
+    # what is printed moves no cursor and turns no text around
+    if not all(isinstance(word, str) and len(word) <= 200 and word.isprintable() for word in words):
+        raise ValueError("target, gpu, triton and kernels must be short strings that can be printed")
     if not isinstance(data.get("timed"), bool):
         raise ValueError("timed must be true or false")
     if not isinstance(data.get("rows"), list):
@@ -138,6 +139,13 @@ def _milliseconds(value: Any) -> float:
 
 def _refuse(word: str) -> None:
     raise ValueError(f"{word} is no number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object must have each of its names once")
+    return found
 
 
 def dump(table: Table) -> str:

@@ -298,6 +298,12 @@ def _features(variant: Variant) -> tuple[Operands, dict[str, Any]]:
     return Operands(**operands), spec
 
 
+def run(job: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of compiling, for a `worker.Worker`: {"status": "ok", "report": what `report` says of a job}."""
+    arguments, options = job
+    return {"status": "ok", "report": report(*arguments, **options)}
+
+
 def _target_of(compiled: Any, backend: str) -> str:
     """The architecture that the machine code is for: "90a", "gfx942"."""
     text, pattern = (

@@ -8,9 +8,7 @@
 """
 
 import hashlib
-import os
 import re
-import stat
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
@@ -20,6 +18,7 @@ from typing import NamedTuple
 from flash.kernels.spec import Config
 
 from .form import HEAD_DIMS, HOPPER, ITEMSIZE, KERNELS, SEQLENS, Row, Table, dump, parse
+from .owned import check_folder, read
 
 __all__ = [
     "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump",
@@ -333,11 +332,7 @@ def user_table(target: str, gpu: str) -> Table | None:
         return None
     path = folder / user_table_name(target, gpu)
     key = {"target": target, "gpu": gpu, "triton": triton, "kernels": kernel_hash()}
-    try:
-        found = path.is_file()
-    except OSError:
-        return None
-    return load(path, key, owned=True) if found else None
+    return load(path, key, owned=True)
 
 
 def user_table_name(target: str, gpu: str) -> str:
@@ -374,35 +369,26 @@ def kernel_hash() -> str:
 
 
 def load(path: Path, key: Mapping[str, str], owned: bool = False) -> Table | None:
-    """Read a table; one that is not what it should be is left out with a warning.
+    """Read a table; one that is not what it should be is left out with a warning, one that is not there without.
 
     Args:
         path: the file.
         key: what the table must say of itself, as {"target": "cuda:90"}.
-        owned: whether the file must belong to this user, and nobody else may write to it.
+        owned: whether the file and its folder must belong to this user, be no links, and nobody else may write to them.
 
     Returns:
         The table, or None.
     """
     try:
-        table = parse(_read(path, owned))
+        if owned:
+            check_folder(path.parent)
+        table = parse(read(path, LARGEST_FILE, owned))
         for field, value in key.items():
             if getattr(table, field) != value:
                 raise ValueError(f"{field} must be {value!r}, got {getattr(table, field)!r}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"ignoring the table {path}: {error}", RuntimeWarning, stacklevel=2)
         return None
     return table
-
-
-def _read(path: Path, owned: bool) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | (getattr(os, "O_NOFOLLOW", 0) if owned else 0))
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if owned and hasattr(os, "getuid"):
-            if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ValueError("it must belong to this user, and others must not be able to write to it")
-        text = file.read(LARGEST_FILE + 1)
-    if len(text) > LARGEST_FILE:
-        raise ValueError(f"it must have at most {LARGEST_FILE} bytes")
-    return text

@@ -1,13 +1,19 @@
 """Run jobs in a child process, so that one that crashes, hangs or spoils the GPU's context costs itself alone."""
 
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
 Outcome = dict[str, Any]  # "status": ok, wrong, oom, compile_error, error, crash or timeout; "note"; of ok, "ms"
+
+
+class NotStarted(RuntimeError):
+    """A child process does not come up."""
 
 
 class Worker:
@@ -34,6 +40,9 @@ class Worker:
 
         Returns:
             What the runner returned, or status "crash" or "timeout".
+
+        Raises:
+            NotStarted: there is no child, and none can be started.
         """
         pipe = self._pipe or self._start()
         try:
@@ -62,12 +71,12 @@ class Worker:
         self._child, self._pipe = child, ours
         if not ours.poll(self.start_timeout):
             self.close()
-            raise RuntimeError(f"the process for {self.runner} did not start in {self.start_timeout:.0f} s")
+            raise NotStarted(f"the process for {self.runner} did not start in {self.start_timeout:.0f} s")
         try:
             ours.recv()
         except EOFError:
             self.close()
-            raise RuntimeError(f"the process for {self.runner} ended as it started") from None
+            raise NotStarted(f"the process for {self.runner} ended as it started") from None
         return ours
 
     def close(self) -> None:
@@ -81,6 +90,7 @@ class Worker:
 
 
 def _serve(runner: str, pipe: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     module, _, name = runner.partition(":")
     function: Callable[[Any], Outcome] = getattr(import_module(module), name)
     pipe.send("ready")
@@ -89,7 +99,18 @@ def _serve(runner: str, pipe: Connection) -> None:
             job = pipe.recv()
         except EOFError:  # the parent is gone
             return
-        pipe.send(attempt(function, job))
+        try:
+            pipe.send(attempt(function, job))
+        except BrokenPipeError:
+            return
+
+
+def _end_with_parent() -> None:
+    """A job that hangs does not outlive a parent that was killed, and keeps no GPU from the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def attempt(function: Callable[[Any], Outcome], job: Any) -> Outcome:

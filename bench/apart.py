@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case, inputs, passes_of
-from bench.check import Expected
+from bench.check import Expected, Part, Sample, Slice
 from bench.peers import PEERS, Peer
 from bench.record import Record, Row
 from bench.trial import LATE, Settings, measure
@@ -159,7 +159,8 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     case, settings = job["case"], job["settings"]
     torch.set_num_threads(settings.threads)
     tensors = inputs(case, settings.device, settings.seed)
-    expected = torch.load(job["expected"], map_location=settings.device, weights_only=False)
+    with torch.serialization.safe_globals([Expected, Part, Sample, Slice]):
+        expected = torch.load(job["expected"], map_location=settings.device, weights_only=True)
     rows = measure(case, PEERS[job["peer"]], tensors, expected, settings, only=job["passes"])
     if settings.device.type == "cuda":
         del tensors, expected

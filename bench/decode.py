@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -185,9 +184,11 @@ def missing(record: Record, case: Case, peer: Peer) -> bool:
 
 def time_all(
     record: Record, cases: Sequence[Case], peers: Sequence[Peer], settings: Settings, step: Callable[[str], None],
-    path: Path,
+    finished: Callable[[Case], None],
 ) -> None:  # fmt: skip
-    """The rate of a copy in this run, then every peer on every case; what a record has stays."""
+    """The rate of a copy in this run, then every peer on every case; finished(case) is called after each. What a record
+    has stays.
+    """
     record.speed.setdefault("copies", []).append(copy(settings.device))
     for case in cases:
         record.cases.setdefault(case.name, case)
@@ -195,7 +196,7 @@ def time_all(
         for row in time_case(record, case, left, settings):
             record.add([row])
             step(f"{case.name}, {row.peer}")
-        record.save(path)
+        finished(case)
 
 
 def time_case(record: Record, case: Case, peers: Sequence[Peer], settings: Settings) -> Iterator[Row]:

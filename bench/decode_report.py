@@ -5,9 +5,7 @@
 Every figure compares medians of the same run on the same machine; spreads are from the 20th to the 80th percentile.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import record as records
@@ -168,15 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: write and draw again."""
     from bench.decode_plot import draw
 
-    parser = argparse.ArgumentParser(prog="python -m bench.decode_report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("path", type=Path, help="bench/results/<machine>/decode.json, of --suite decode")
-    path = parser.parse_args(argv).path
-    record = records.load(path)
-    finish(record)
-    record.save(path)
-    path.with_suffix(".md").write_text(report(record))
-    for picture in draw(record, path.parent, path.stem):
-        print(picture)
+    records.redraw(__doc__ or "", finish, report, draw, argv)
 
 
 if __name__ == "__main__":

@@ -202,27 +202,33 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({name: min(times, default=None) for name, times in found.items()}))
         return 0
     text = table(found)
+    writing = records.Writing()
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        content = {
-            "machine": machine,
-            "settings": {
-                "round_s": ROUND,
-                "rounds": ROUNDS,
-                "operands": "zeros",
-                "statistics": "least, median, 20th and 80th percentile of rounds",
-            },
-            "microseconds": {
-                name: {"least": min(times), **asdict(quantiles(times))} if times else None
-                for name, times in found.items()
-            },
-        }
-        (options.out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
-        about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
-        note = (__doc__ or "").split("\n\n")[-1].strip()
-        (options.out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
+        with writing.attempt(options.out):
+            write(options.out, machine, found, text)
     print(text)
-    return 0
+    return writing.status()
+
+
+def write(out: Path, machine: dict[str, Any], found: dict[str, list[float]], text: str) -> None:
+    """overhead.json and overhead.md in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "machine": machine,
+        "settings": {
+            "round_s": ROUND,
+            "rounds": ROUNDS,
+            "operands": "zeros",
+            "statistics": "least, median, 20th and 80th percentile of rounds",
+        },
+        "microseconds": {
+            name: {"least": min(times), **asdict(quantiles(times))} if times else None for name, times in found.items()
+        },
+    }
+    records.write_whole(out / "overhead.json", json.dumps(content, indent=1) + "\n")
+    about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
+    note = (__doc__ or "").split("\n\n")[-1].strip()
+    (out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
 
 
 def table(found: dict[str, list[float]]) -> str:

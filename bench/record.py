@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +22,7 @@ from bench.measure import Latency, available_memory
 from bench.peers import STANDARD
 
 PACKAGES = ("torch", "triton", "flash-triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12")
+UNWRITTEN = 5  # the exit code of a run whose results are on the screen alone
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
@@ -96,17 +99,47 @@ class Record:
         content["rows"] = [asdict(row) for row in self.rows.values()]
         if not self.speed:
             del content["speed"]
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole, or leaves the old one as it was."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(text)
         partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+class Writing:
+    """Writes results that are worth more than the place for them: what fails is told at the end, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.fault = ""
+
+    @contextmanager
+    def attempt(self, path: Path) -> Iterator[None]:
+        """A block that writes a file, or does not."""
+        try:
+            yield
+        except OSError as error:
+            self.fault = self.fault or f"cannot write {path}: {error.strerror or error}"
+
+    def status(self) -> int:
+        """The exit code; the first fault is told in one line."""
+        if not self.fault:
+            return 0
+        print(f"{self.fault}; the results are printed alone", file=sys.stderr)
+        return UNWRITTEN
 
 
 def leave(content: dict[str, Any], out: Path, stem: str, report: Callable[..., str], draw: Callable[..., Path]) -> str:
     """Writes a suite's STEM.json, whole or not at all, STEM.md and STEM.png; returns report(content)."""
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{stem}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(out / f"{stem}.json")
+    write_whole(out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
     text = report(content)
     (out / f"{stem}.md").write_text(text)
     draw(content, out / f"{stem}.png")
@@ -119,6 +152,24 @@ def again(about: str, write: Callable[[dict[str, Any], Path], str]) -> None:
     parser.add_argument("path", type=Path, help="the suite's JSON in bench/results/<machine>")
     path = parser.parse_args().path
     write(json.loads(path.read_text()), path.parent)
+
+
+def redraw(
+    about: str,
+    finish: Callable[["Record"], None],
+    report: Callable[["Record"], str],
+    draw: Callable[["Record", Path, str], Sequence[Path]],
+    argv: Sequence[str] | None,
+) -> None:
+    """Command line of a report on a Record: finishes it, and writes and draws it again beside it."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("path", type=Path, help="the suite's JSON in bench/results/<machine>")
+    path = parser.parse_args(argv).path
+    record = load(path)
+    finish(record)
+    record.save(path)
+    path.with_suffix(".md").write_text(report(record))
+    print(*draw(record, path.parent, path.stem), sep="\n")
 
 
 def load(path: Path) -> Record:

@@ -16,6 +16,9 @@ leaves a row, whatever became of it: ok, wrong, oom, absent, skipped or error, w
 
 The speed and the decode suite on a GPU end by themselves within ten minutes; what they did not come to is skipped, and
 --resume goes on there. The speed suite there has peers in processes of their own (bench/apart.py).
+
+Exit codes: 0 done; 1 a result of ours was wrong or raised; 2 wrong arguments, or nothing to resume from; 4 a GPU was
+asked for and there is none; 5 results could not be written, and are on the screen alone.
 """
 
 import argparse
@@ -40,7 +43,7 @@ from bench.cases import Case, passes_of
 from bench.check import Expected, expect
 from bench.measure import Effort, OutOfMemory
 from bench.peers import FEATURE_PEERS, OURS, OURS_ALL, PEERS, RACE_ONLY, SDPA, STANDARD, Peer
-from bench.record import Record, Row
+from bench.record import Record, Row, Writing
 from bench.trial import CPU_EFFORT, LATE, MEMORY_PASSES, Settings, measure, too_long
 
 RESULTS = Path(__file__).parent / "results"
@@ -253,8 +256,8 @@ def files_of(suite: str, dtype: str, device: torch.device) -> tuple[str, str]:
 
 
 def race_all(
-    record: Record, cases: Sequence[Case], peers: Sequence[Peer], settings: Settings, step: Progress, path: Path,
-    args: argparse.Namespace,
+    record: Record, cases: Sequence[Case], peers: Sequence[Peer], settings: Settings, step: Progress,
+    save: Callable[[Case], None], args: argparse.Namespace,
 ) -> None:  # fmt: skip
     """The speed suite: the ceiling of this run, then every peer on every case, on a GPU in processes of their own."""
     from bench.ceiling import ceiling, clocks
@@ -289,14 +292,17 @@ def race_all(
             if tiles and (time.monotonic() <= settings.deadline or case.name not in record.speed["tiles"]):
                 record.speed["clocks"][case.name] = clocks(settings.device)
                 record.speed["tiles"][case.name] = tiles
-            record.save(path)
+            save(case)
 
         time_all(record, cases, peers, settings, step, finished, timed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0, or 1 where our own result was wrong or raised."""
+    """Runs the benchmark; returns the exit code."""
     args = parse(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: --device cpu, or none named, measures this CPU", file=sys.stderr)
+        return 4
     if args.suite == "overhead":
         from bench import overhead
 
@@ -333,16 +339,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = [peers_of(name)[peer] for peer in args.peers or suited(name)]
     machine = records.machine(settings.device, settings.threads)
     out = args.out or RESULTS / records.slug(machine)
-    out.mkdir(parents=True, exist_ok=True)
+    writing = Writing()
+    with writing.attempt(out):
+        out.mkdir(parents=True, exist_ok=True)
     stem, page = files_of(name, args.dtype, settings.device)
     path = out / f"{stem}.json"
     record = Record(machine, described(args, settings), {}, {}, {})
     if args.resume and path.exists():
-        earlier = records.load(path)
+        try:
+            earlier = records.load(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"cannot resume from {path}: {type(error).__name__}: {error}", file=sys.stderr)
+            return 2
         record.cases, record.checked, record.speed = earlier.cases, earlier.checked, earlier.speed
         anew = {(case.name, peer) for case in wanted for peer in args.again}
         record.rows = {key: row for key, row in earlier.rows.items() if key[:2] not in anew}
     weighed = weighed_cases(args, settings, wanted)
+
+    def save(case: Case | None = None) -> None:
+        with writing.attempt(path):
+            record.save(path)
+
     weighed_peers = [peer.name for peer in peers if peer.name in (STANDARD, OURS, SDPA)]
 
     passes = sum(what in MEMORY_PASSES for case in weighed for what in passes_of(case, settings.device))
@@ -355,24 +372,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         weigh_all(record, weighed, weighed_peers, settings, step)
         if name == SPEED:
-            race_all(record, wanted, peers, settings, step, path, args)
+            race_all(record, wanted, peers, settings, step, save, args)
         elif name == DECODE:
-            decode.time_all(record, wanted, peers, settings, step, path)
+            decode.time_all(record, wanted, peers, settings, step, save)
         else:
-            time_all(record, wanted, peers, settings, step, lambda case: record.save(path))
+            time_all(record, wanted, peers, settings, step, save)
     records.compare_peers(record)
     if name == SPEED:
         race.finish(record, settings.deadline)
     elif name == DECODE:
         decode_report.finish(record)
-    record.save(path)
+    save()
     text = {SPEED: race, DECODE: decode_report}.get(name, report).report(record)
-    (out / page).write_text(text)
-    drawing = {SPEED: race_plot, DECODE: decode_plot}.get(name)
-    pictures = drawing.draw(record, out, stem) if drawing else plot.draw(record, out)
+    pictures: Sequence[Path] = ()
+    with writing.attempt(out / page):
+        (out / page).write_text(text)
+    with writing.attempt(out):
+        drawing = {SPEED: race_plot, DECODE: decode_plot}.get(name)
+        pictures = drawing.draw(record, out, stem) if drawing else plot.draw(record, out)
     print(*pictures, text, sep="\n")
     ours = [row for row in record.rows.values() if row.peer in OURS_ALL]
-    return int(any(row.outcome in ("wrong", "error") or row.peak_outcome == "error" for row in ours))
+    wrong = any(row.outcome in ("wrong", "error") or row.peak_outcome == "error" for row in ours)
+    unwritten = writing.status()
+    return int(wrong) or unwritten
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.record import write_whole
 from bench.report import digits, table
 from bench.scale import Device, Job, Link, Point, crossover, efficiency, found_crossover, predicted
 from bench.scale_memory import STANDARD, peak, tokens_that_fit
@@ -361,13 +362,16 @@ likely what it lacks there."""
 
 def write(content: dict[str, Any], out: Path) -> str:
     """Write scale.json and scale.md, and return the text."""
-    finish(content)
-    partial = out / "scale.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(out / "scale.json")
-    text = report(content)
+    text = told(content)
+    write_whole(out / "scale.json", json.dumps(content, indent=1) + "\n")
     (out / "scale.md").write_text(text)
     return text
+
+
+def told(content: dict[str, Any]) -> str:
+    """The text of what was measured, the rest of the content filled in."""
+    finish(content)
+    return report(content)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

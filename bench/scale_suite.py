@@ -88,10 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     settings = QUICK if options.quick else {}
     content = measured(options.seed, **settings | ({"weighed": None} if options.no_memory else {}))
-    options.out.mkdir(parents=True, exist_ok=True)
-    text, pictures = scale_report.write(content, options.out), scale_plot.draw(content, options.out)
+    writing, pictures = records.Writing(), []
+    text = scale_report.told(content)
+    with writing.attempt(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        scale_report.write(content, options.out)
+        pictures = scale_plot.draw(content, options.out)
     print(*pictures, text, sep="\n")
-    return 0
+    return writing.status()
 
 
 if __name__ == "__main__":

@@ -495,6 +495,6 @@ def backward(
     launch(backward_kernel, programs, q.device, config, *args, **options)
     if dq is not None:
         plain = Config(config.block_m, config.block_n, 4, 1)
-        rest = (sums, view(dq), coded(sizes), scale, shape)
-        launch(convert_kernel, blocks * q.shape[1] * q.shape[0], q.device, plain, *rest)
+        last = (sums, view(dq), coded(sizes), scale, shape)
+        launch(convert_kernel, blocks * q.shape[1] * q.shape[0], q.device, plain, *last)
     return Gradients(dq, dk, dv, sinks=of_sinks(lse, delta, mods) if needs.sinks else None)

@@ -174,3 +174,12 @@ def enabled(model: Any, min_seqlen: int = 0) -> Iterator[None]:
     enable(model, min_seqlen)
     yield
     disable(model)
+
+
+def prediction(output: Any) -> Tensor:
+    """Logits, or what stands in their place."""
+    for name in ("logits", "prediction_outputs", "params"):
+        found = getattr(output, name, None)
+        if found is not None:
+            return torch.stack(found, -1) if isinstance(found, tuple) else found
+    raise AssertionError(f"no prediction in {list(output)}")

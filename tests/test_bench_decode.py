@@ -78,7 +78,9 @@ def made(*cases: Case, device: str = "cpu") -> Record:
 def timed(*peers: Peer, case: Case = SMALL, settings: Settings = FAST, tmp_path: Path) -> Record:
     """A record of one case and some peers."""
     found = made()
-    decode.time_all(found, [case], peers, settings, lambda text: None, tmp_path / "decode.json")
+    decode.time_all(
+        found, [case], peers, settings, lambda text: None, lambda case: found.save(tmp_path / "decode.json")
+    )
     return found
 
 

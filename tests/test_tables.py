@@ -193,6 +193,7 @@ HOSTILE = {
     "other format": tables.dump(table()).replace('"format": 1', '"format": 2').encode(),
     "no rows": HEAD + b"}",
     "row of numbers": HEAD + b', "rows": [1]}',
+    "more digits than Python reads": HEAD + b', "rows": [' + b"9" * 5000 + b"]}",
 }
 
 
@@ -226,6 +227,28 @@ def test_a_row_of_a_hopper_kernel_is_read_where_the_kernel_accepts_its_tiles(ker
         else:
             read += tables.parse(made).rows[0].config == config
     assert read == {"hopper_forward": 4, "hopper_backward": 1}[kernel]
+
+
+@pytest.mark.parametrize("word", ["\\u001b[2J", "\\ud800", "\\u202e", "\\n", "a" * 201])
+def test_words_that_a_terminal_does_not_print_are_refused(word: str) -> None:
+    for field, value in (("gpu", GPU), ("triton", "3.7.1"), ("target", "cuda:90"), ("kernels", tables.kernel_hash())):
+        with pytest.raises(ValueError, match="can be printed"):
+            tables.parse(tables.dump(table()).replace(f'"{field}": "{value}"', f'"{field}": "{word}"').encode())
+
+
+def test_a_name_twice_in_an_object_is_refused() -> None:
+    text = tables.dump(table())
+    for once, twice in (('"timed"', '"timed": false, "timed"'), ('"kernel"', '"kernel": "dq", "kernel"')):
+        with pytest.raises(ValueError, match="each of its names once"):
+            tables.parse(text.replace(once, twice).encode())
+
+
+def test_nothing_is_said_where_there_can_be_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "home").touch()
+    for absent in (folder / "absent", folder / "home" / "cache"):
+        monkeypatch.setattr(tables, "user_folder", lambda absent=absent: absent)
+        forget()
+        assert look(gpu=GPU) == look()
 
 
 def test_same_calls_twice_are_refused() -> None:
@@ -296,7 +319,8 @@ def test_no_formula_chooses_for_half_precision_on_a_gpu_of_today(
 
 def test_no_call_waits_for_a_file_that_is_no_table(folder: Path) -> None:
     os.mkfifo(folder / tables.user_table_name("cuda:90", GPU))
-    assert look(gpu=GPU) == look()
+    with pytest.warns(RuntimeWarning, match="it must be a file"):
+        assert look(gpu=GPU) == look()
 
 
 def test_tables_hold_no_code() -> None:

@@ -28,6 +28,7 @@ from tests.families import (
     enabled,
     left_padded,
     masked,
+    prediction,
     series,
     tokens,
 )
@@ -65,15 +66,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(front, "flash_attention", recorded)
     return found
-
-
-def prediction(output: Any) -> Tensor:
-    """Logits, or what stands in their place."""
-    for name in ("logits", "prediction_outputs", "params"):
-        found = getattr(output, name, None)
-        if found is not None:
-            return torch.stack(found, -1) if isinstance(found, tuple) else found
-    raise AssertionError(f"no prediction in {list(output)}")
 
 
 def differentiated(model: Any, inputs: dict[str, Any], run: Any = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
