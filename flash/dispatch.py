@@ -11,7 +11,6 @@ both have been timed. Else it takes the first of the others that serves. A backe
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
-from inspect import signature
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from . import fallback
 from ._version import __version__
 from .autotune import tables
 from .kernels.spec import Configs, Gradients, Mods, Positions, Spec
-from .problem import KERNELS, MAX_HEAD_DIM, Problem, check_flag, name_of
+from .problem import KERNELS, MAX_HEAD_DIM, PACKING, Options, Problem, check_flag, name_of
 
 PREFERENCE = ("hopper", "triton", "torch")
 HOPPER = {"forward": "hopper_forward", "backward": "hopper_backward"}
@@ -374,7 +373,7 @@ def info(
         backend, configs, hopper = choose("auto", device, dtype), {}, hopper_refuses(device, dtype)
     else:
         check_flag("return_lse", keywords.pop("return_lse", False))
-        for name in keywords.keys() - signature(Problem.of).parameters.keys():
+        for name in keywords.keys() - {*Options._fields, *PACKING}:
             raise TypeError(f"flash_attention has no keyword {name!r}")
         k = q if k is None else k
         problem = Problem.of(q, k, k if v is None else v, **keywords)

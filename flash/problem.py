@@ -46,9 +46,13 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # slow to import, and whoever has one has done so
 
 __all__ = [
-    "BACKENDS", "DTYPES", "KERNELS", "MAX_HEAD_DIM", "MAX_SEQLEN", "ConfigLike", "Problem", "Window", "check_flag",
+    "BACKENDS", "DTYPES", "KERNELS", "MAX_HEAD_DIM", "MAX_SEQLEN", "PACKING", "ConfigLike", "Options", "Problem",
+    "Window", "check_flag",
     "name_of", "precision_of",
 ]  # fmt: skip
+
+
+PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 class Options(NamedTuple):

@@ -175,7 +175,6 @@ def test_the_walk_is_counted_and_stands_beside_others() -> None:
     hold("test_house", "test_the_walk_in_contributing_is_the_one_that_a_call_takes")
 
 
-@missing("measures")
 def test_the_house_keeps_its_measures() -> None:
     hold("test_house", "test_no_file_is_longer_than_500_lines", "test_no_function_is_longer_than_120_lines")
     hold("test_house", "test_no_function_has_more_than_20_arguments", "test_no_kernel_has_more_than_14_arguments")
