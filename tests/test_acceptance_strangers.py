@@ -83,7 +83,6 @@ def test_import_is_quiet_and_quick() -> None:
 # The wheel
 
 
-@missing("an allow-list and a second build")
 def test_the_wheel_is_pure_listed_and_reproducible() -> None:
     hold("test_packaging", "test_wheel_is_pure_and_holds_what_is_listed_and_nothing_else")
     hold("test_packaging", "test_two_builds_are_the_same_to_the_byte")
