@@ -45,7 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
         memory.install()
     torch.set_num_threads(1)  # xdist brings the processes
     if config.getoption("order") is None:
-        config.option.order = random.randrange(1, 10**6)  # processes of xdist are told
+        told = getattr(config, "workerinput", {})
+        config.option.order = told.get("order", random.randrange(1, 10**6))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process of xdist what was drawn: all of them must have the same order."""
+    node.workerinput["order"] = node.config.getoption("order")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

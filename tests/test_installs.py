@@ -74,6 +74,16 @@ class Environment:
         here = [need.name for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
         return not [name for name in here if name.startswith(("nvidia", "cuda"))]
 
+    def files(self) -> list[str]:
+        """What is installed of this library, as pip has it in its record."""
+        _, _, listed = self.pip("show", "--files", "flash-triton").partition("Files:")
+        return [name for name in map(str.strip, listed.splitlines()) if name.startswith("flash/")]
+
+    def compile(self) -> None:
+        """Compile every file of this library; a warning is an error."""
+        folder = run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=self.folder)
+        run(self.python, "-W", "error", "-m", "compileall", "-q", "-f", Path(folder.strip(), "flash"), cwd=self.folder)
+
     def first_use(self) -> dict[str, object]:
         """What tests/first_use.py finds, started in a folder without the checkout; isolated from what users set."""
         found = json.loads(run(self.python, "-I", FIRST_USE, cwd=self.folder))
@@ -83,34 +93,34 @@ class Environment:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
 @pytest.mark.parametrize("version", PYTHONS)
-def test_wheel_and_sdist_install_and_import_in_a_clean_environment(
-    version: str, kind: str, made: Built, tmp_path: Path
-) -> None:
+def test_wheel_and_sdist_install_and_import_in_a_clean_environment(version: str, made: Built, tmp_path: Path) -> None:
     """On each Python: pip takes wheel and sdist, every file compiles, and what they and their extras need is found.
 
-    The Python at hand, and each for which pip finds a torch without CUDA, also installs all of it and attends,
+    The Python at hand, and each for which pip finds a torch without CUDA, also installs all that is needed and attends,
     forward and backward. On the others nothing is imported: that would take gigabytes of torch.
     """
     environment = Environment(version, tmp_path / "venv")
-    what = made.wheel if kind == "wheel" else made.archive
-    environment.pip("install", "--no-deps", what)
-    site = Path(environment.pip("show", "--files", "flash-triton").partition("Location: ")[2].splitlines()[0])
-    run(environment.python, "-W", "error", "-m", "compileall", "-q", "-f", site / "flash", cwd=tmp_path)
     wanted = environment.would_install("-c", ROOT / "constraints.txt", f"{made.wheel}[bench,dev,test]")
-    names = {item["name"].lower() for item in wanted}
-    assert {"torch", "pytest", "matplotlib", "ruff"} <= names
-    if version == HERE or environment.finds_small_torch():
-        environment.pip("install", TORCH)
-        environment.pip("install", "-c", ROOT / "constraints.txt", what)
-        assert environment.first_use()["triton"] is (sys.platform == "linux")
+    assert {"torch", "pytest", "matplotlib", "ruff"} <= {item["name"].lower() for item in wanted}
+    whole = version == HERE or environment.finds_small_torch()
+    if whole:
+        environment.pip("install", "--no-compile", TORCH)
+    environment.pip("install", "-c", ROOT / "constraints.txt", *([] if whole else ["--no-deps"]), made.wheel)
+    of_wheel = environment.files()
+    environment.compile()
+    found = environment.first_use() if whole else None
+    environment.pip("install", "--force-reinstall", "--no-deps", made.archive)
+    assert environment.files() == of_wheel
+    environment.compile()
+    assert whole is False or environment.first_use() == found
+    assert found is None or found["triton"] is (sys.platform == "linux")
 
 
 @pytest.mark.slow
 def test_it_imports_and_serves_without_triton(made: Built, tmp_path: Path) -> None:
     environment = Environment(HERE, tmp_path / "venv")
-    environment.pip("install", TORCH)
+    environment.pip("install", "--no-compile", TORCH)
     environment.pip("install", "--no-deps", made.wheel)
     environment.pip("uninstall", "--yes", "triton")
     found = environment.first_use()

@@ -56,6 +56,9 @@ def test_the_order_of_tests_is_drawn_and_told() -> None:
     assert collected("--order", seed) == (told, drawn_order)
     other, _ = collected()
     assert other != told
+    workers = [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/test_sampling.py", "-k", "share"]
+    done = subprocess.run(workers, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout  # xdist refuses processes whose orders differ
 
 
 @pytest.mark.slow

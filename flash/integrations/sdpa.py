@@ -103,7 +103,7 @@ def broadcast(
     """Views with four axes or more, alike but for lengths, head dimensions and heads, of which key and value have fewer
     where one is shared."""
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
-        raise ValueError("enable_gqa must be False where an input has no axis of heads")
+        raise ValueError("enable_gqa must be False where an input has no axis of heads, got True")
     rank = max(4, query.dim(), key.dim(), value.dim())
     query, key, value = (x[(None,) * (rank - x.dim())] for x in (query, key, value))
     heads_k, heads_v = key.shape[-3], value.shape[-3]
