@@ -148,7 +148,7 @@ def mark(config: pytest.Config, items: list[pytest.Item]) -> None:
         elif "integrations" in marks and importlib.util.find_spec("neuralforecast") is None:
             reason = "needs the packages of `make test-integrations`"
         elif "aot" in marks and _interpreted():
-            reason = "compiles kernels: `pytest -m aot`, without TRITON_INTERPRET"
+            reason = "needs `pytest -m aot`, without TRITON_INTERPRET: compiles kernels"
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
 

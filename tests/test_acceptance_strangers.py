@@ -121,7 +121,6 @@ def test_twenty_runs_in_a_row_pass() -> None:
     hold("test_suite", "test_twenty_runs_in_a_row_pass_in_the_committed_report")
 
 
-@missing("a check of the reasons")
 def test_skips_have_true_reasons() -> None:
     hold("test_suite", "test_every_skip_says_what_it_needs")
 

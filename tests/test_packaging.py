@@ -148,7 +148,7 @@ def break_by_empty_folder(link: Path) -> None:
 
 
 BREAKS = [break_by_text_file, break_by_leaving_out, break_by_empty_folder]
-needs_links = pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="an sdist holds no links that could break")
+needs_links = pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="needs links: an sdist has none to break")
 
 
 @needs_links
