@@ -206,7 +206,6 @@ def test_other_platforms_are_pretended() -> None:
     hold("test_installs", "test_windows_and_macos_are_served_by_torch")
 
 
-@missing("the checklist")
 def test_a_release_is_a_command() -> None:
     makefile, text = (ROOT / "Makefile").read_text(), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert re.search(r"^release:", makefile, re.MULTILINE) and "make release" in text

@@ -1,7 +1,6 @@
 """What is built and shipped: the sdist, the wheel made from it, the pins; and a checkout whose links are gone."""
 
 import email
-import hashlib
 import os
 import re
 import runpy
@@ -17,23 +16,12 @@ from packaging.requirements import Requirement
 
 from flash._checkout import LINKS, MEND, require_links
 from flash._version import __version__
-from tests.builds import ROOT, Built, build, built
+from tests.builds import ROOT, Built, build, built, copy_checkout, differences, sha256
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-def copy_checkout(target: Path) -> Path:
-    """The files that a build reads, with the links as links."""
-    target.mkdir()
-    for name in ("flash", "kernels", "autotune"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
-    return target
 
 
 def python_files(folder: Path) -> set[str]:
@@ -42,10 +30,6 @@ def python_files(folder: Path) -> set[str]:
     for name in LINKS:
         found |= {path for path in (folder / name).rglob("*") if path.suffix in (".py", ".json")}
     return {path.relative_to(folder.parent).as_posix() for path in found if "__pycache__" not in path.parts}
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +57,16 @@ def test_sdist_carries_what_it_takes_to_build_test_and_read(made: Built) -> None
 
 def test_wheel_is_pure_and_holds_what_is_listed_and_nothing_else(made: Built) -> None:
     with zipfile.ZipFile(made.wheel) as archive:
-        names = [name.replace(f"flash_triton-{__version__}.", "flash_triton.") for name in archive.namelist()]
         about = email.message_from_bytes(archive.read(f"flash_triton-{__version__}.dist-info/WHEEL"))
         for name in archive.namelist():
             archive.read(name).decode("utf-8")  # text, and nothing compiled
     assert (about["Root-Is-Purelib"], about["Tag"]) == ("true", "py3-none-any")
-    listed = (ROOT / "tests" / "wheel.txt").read_text(encoding="utf-8").splitlines()
-    differences = [f"+ {name}" for name in sorted(set(names) - set(listed))]
-    differences += [f"- {name}" for name in sorted(set(listed) - set(names))]
+    listing = ROOT / "tests" / "wheel.txt"
     told = "tests/wheel.txt does not list what the wheel holds; where that is meant, change these lines of it:"
-    assert not differences, "\n".join([told, *differences])
-    assert listed == sorted(set(listed)) and len(names) == len(listed)
+    found = differences(made.wheel, listing)
+    assert not found, "\n".join([told, *found])
+    listed = listing.read_text(encoding="utf-8").splitlines()
+    assert listed == sorted(set(listed))
 
 
 def test_wheel_carries_every_source_and_table(made: Built) -> None:

@@ -18,6 +18,7 @@ NEEDS = {
     r"\blinks\b": r"PKG-INFO",
     r"\bC\+\+": r"which\(",
     r"\bgit\b": r"which\('git'\)",
+    r"\bmake\b": r"which\('make'\)",
     r"\bGPU": r"cuda",
     r"\bPython \{": r"\bis None\b",
     r"\bbackend that serves\b": r"NotImplementedError",
