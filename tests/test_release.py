@@ -98,7 +98,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("told", DAMAGE)
+DEAR = ("must be built alike in a clone", "pyproject.toml must give a description and a readme", ".ci/run must pass")
+
+
+@pytest.mark.parametrize(
+    "told", [pytest.param(told, marks=pytest.mark.slow if told in DEAR else ()) for told in DAMAGE]
+)
 def test_a_release_is_refused_while_something_is_missing(
     told: str, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +122,7 @@ def test_a_release_is_refused_with_changes_that_are_not_committed(
     assert capfd.readouterr().out == "missing: the tree must be clean, got 1 changes: git status\n"
 
 
+@pytest.mark.slow
 def test_a_promise_whose_reason_is_told_does_not_stop_a_release(root: Path) -> None:
     (root / "tests" / "test_acceptance_more.py").write_text(PROMISE.replace("no time", "the moon"))
     change(root / ".ci/run", "-e CHANGELOG.md", "-e nowhere")  # not asked where it has passed before
