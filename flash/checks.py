@@ -198,8 +198,8 @@ def check_mask(mask: torch.Tensor, shape: Sequence[int], one_head: bool, device:
     """The mask as a view of four axes."""
     check_tensor("mask", mask, device)
     if mask.dtype != torch.bool:
-        hint = "; use bias for a float one" if mask.is_floating_point() else ""
-        raise ValueError(f"mask must be bool (True = attend), got {name_of(mask.dtype)}{hint}")
+        hint = "use bias for a float one, which is added" if mask.is_floating_point() else "mask.bool() makes it one"
+        raise ValueError(f"mask must be bool (True = attend), got {name_of(mask.dtype)}; {hint}")
     return broadcastable("mask", mask, shape, one_head)
 
 

@@ -175,6 +175,7 @@ MISTAKES = [
     (dense, {"q": Q.to_sparse()}, ["q must be a strided tensor", "sparse"]),
     (dense, {"q": torch.zeros(2, 4, 16, 600), "k": torch.zeros(2, 2, 24, 600)}, ["q must have a head_dim from 1 to"]),
     (dense, {"mask": torch.ones(16, 24)}, ["mask must be bool (True = attend), got float32; use bias"]),
+    (dense, {"mask": torch.ones(2, 24, dtype=torch.int64)}, ["got int64; mask.bool() makes it one"]),
     (dense, {"mask": BOOL.mT}, ["mask must broadcast to", "[2, 4, 16, 24]", "got shape [24, 16]"]),
     (dense, {"mask": BOOL[:2]}, ["mask must broadcast to", "mask[:, None, None] has batch first"]),
     (dense, {"mask": BOOL.expand(2, 16, 24)}, ["mask must broadcast to", "mask[:, None] has batch first"]),
