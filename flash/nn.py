@@ -118,6 +118,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: an argument is wrong; the message names it.
             NotImplementedError: a nested tensor comes with masks, with need_weights or to a module with add_bias_kv.
         """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if any(x.is_nested for x in (query, key, value)):
             if need_weights or is_causal or key_padding_mask is not None or attn_mask is not None:
                 raise NotImplementedError(

@@ -10,6 +10,7 @@ import torch
 
 import flash
 from flash import mods
+from flash.integrations.sdpa import scaled_dot_product_attention
 from flash.nn import MultiheadAttention, TransformerBlock
 from tests.test_layout import SHIPPED, places, sources, tree
 
@@ -141,6 +142,10 @@ def module(**changes: object) -> object:
     return MultiheadAttention(32, 4, batch_first=True)(**given)
 
 
+def sdpa(**changes: object) -> object:
+    return scaled_dot_product_attention(**(dict(query=Q, key=Q, value=Q) | changes))
+
+
 def block(**changes: object) -> object:
     return TransformerBlock(**(dict(embed_dim=32, heads=4) | changes))
 
@@ -159,7 +164,7 @@ MISTAKES = [
     (dense, {"q": Q[0, 0]}, ["q must have 3 or 4 dimensions, [batch, seqlen, head_dim] or [batch, heads,", "[16, 32]"]),
     (dense, {"k": K[0]}, ["k must have 4 dimensions like q", "[2, 24, 32]"]),
     (dense, {"q": Q[None]}, ["q must have 3 or 4 dimensions", "[1, 2, 4, 16, 32]"]),
-    (dense, {"q": Q.mT.mT.transpose(1, 2), "k": K.transpose(1, 2), "v": K.transpose(1, 2)}, ["transpose(1, 2) makes"]),
+    (dense, {"q": Q.transpose(1, 2), "k": K.transpose(1, 2), "v": K.transpose(1, 2)}, ["transpose(1, 2) swaps"]),
     (dense, {"q": Q.half()}, ["k must have dtype float16 like q, got float32"]),
     (dense, {"v": K.bfloat16()}, ["v must have dtype float32 like q, got bfloat16"]),
     (dense, {"k": torch.zeros(2, 3, 24, 32), "v": torch.zeros(2, 3, 24, 32)}, ["k must", "divides q's 4, got 3"]),
@@ -237,6 +242,11 @@ MISTAKES = [
     (module, {"query": ROWS[..., :16]}, ["query must have 32 features, got shape [2, 5, 16]"]),
     (module, {"is_causal": True}, ["attn_mask must be given with is_causal", "got None"]),
     (module, {"key_padding_mask": BOOL}, ["key_padding_mask must have shape (2, 5), got (16, 24)"]),
+    (module, {"query": ROWS.numpy()}, ["query must be a torch.Tensor, got ndarray"]),
+    (sdpa, {"query": Q.numpy()}, ["query must be a torch.Tensor, got ndarray"]),
+    (sdpa, {"attn_mask": BOOL[:, :16].long()}, ["attn_mask must be bool or float, got torch.int64"]),
+    (sdpa, {"attn_mask": [True]}, ["attn_mask must be a torch.Tensor, got list"]),
+    (sdpa, {"key": K, "value": K}, ["key and value must have 4 heads like query where enable_gqa is False"]),
     (block, {"heads": 5}, ["heads must divide embed_dim 32", "got 5"]),
     (info, {"q": "q"}, ["q must be a torch.Tensor, got str"]),
 ]  # fmt: skip
