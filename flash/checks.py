@@ -58,7 +58,7 @@ def check_tensors(
     heads, heads_k = q.shape[1], k.shape[1]
     check_equal("v", "heads_k", v.shape[1], "k", heads_k)
     if heads % heads_k if heads_k else heads:
-        swapped = not packed and not one_head and k.shape[2] and q.shape[2] % k.shape[2] == 0
+        swapped = not packed and not one_head and heads > q.shape[2] and k.shape[2] and q.shape[2] % k.shape[2] == 0
         hint = "; transpose(1, 2) swaps heads and seqlen, where each is in the other's place"
         raise ValueError(
             f"k must have a number of heads that divides q's {heads}, got {heads_k}{hint if swapped else ''}"

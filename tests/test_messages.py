@@ -252,6 +252,11 @@ MISTAKES = [
 ]  # fmt: skip
 
 
+def test_heads_that_do_not_divide_are_not_taken_for_a_layout() -> None:
+    with pytest.raises(ValueError, match="divides q's 4, got 3$"):
+        dense(k=torch.zeros(2, 3, 16, 32), v=torch.zeros(2, 3, 16, 32))
+
+
 @pytest.mark.parametrize(
     "call, wrong, told", MISTAKES, ids=[f"{call.__name__}-{'-'.join(wrong)}" for call, wrong, _ in MISTAKES]
 )
