@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         (options.out / "overhead.json").write_text(json.dumps(content, indent=1) + "\n")
         about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
         note = (__doc__ or "").split("\n\n")[-1].strip()
-        (options.out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n", encoding="utf-8")
+        (options.out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
     print(text)
     return 0
 

