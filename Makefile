@@ -3,12 +3,14 @@
 #   make test VENV=                  no virtual environment: the packages that PYTHON already has
 #   make test JOBS=8                 more test processes
 #   make test-slow SHARE=4         of each slow test every fourth set of parameters
+#   make steady RUNS=5             five runs of `make test` in place of twenty
 #   make mutants MUTANTS="--sample 100 --seed 7"   some of them
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 SHARE ?= 1
+RUNS ?= 20
 SANITIZER ?= compute-sanitizer
 
 ifeq ($(strip $(VENV)),)
@@ -36,7 +38,8 @@ OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
 COMPAT = 3.6.0 3.9.0
 HOPPER_COMPAT = 3.6.0 # what the Gluon kernels are compiled with besides the pinned Triton
 
-.PHONY: help setup test test-slow test-integrations test-all test-gpu sanitize compat mutants coverage lint bench sweep build clean
+.PHONY: help setup test test-slow test-integrations test-all test-gpu test-installs steady sanitize compat mutants coverage lint bench sweep build \
+	release clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -54,10 +57,16 @@ test-slow: $(READY) ## what `make test` leaves out
 test-integrations: .venv-integrations/.ready ## other people's models: installs transformers, neuralforecast, ... (some 1 GB) beside
 	.venv-integrations/bin/python $(PYTEST) -m integrations
 
+test-installs: $(READY) ## wheel and sdist in clean environments of each Python there is, and without Triton
+	$(PY) -m pytest -q tests/test_installs.py
+
 test-all: test test-slow test-integrations ## all three
 
 test-gpu: $(READY) ## the same tests on the GPU of this machine
 	$(PY) -m pytest -q -m gpu
+
+steady: $(READY) ## `make test` RUNS times in a row, each in another order; what became of them goes into tests/steady.json
+	$(PY) -m tests.steady --runs $(RUNS) --jobs $(JOBS)
 
 sanitize: $(READY) ## a few of them under NVIDIA's compute-sanitizer: stray accesses, races in shared memory
 	@command -v $(SANITIZER) > /dev/null || { echo "no $(SANITIZER) here: it comes with CUDA; make sanitize SANITIZER=path"; exit 1; }
@@ -96,6 +105,9 @@ build: $(READY) ## an sdist, and a wheel made from it, in dist/
 	rm -rf dist
 	$(PY) -m build --quiet
 	@ls dist
+
+release: $(READY) ## what a release lacks, or how to tag and upload it; RELEASE=--checked leaves out .ci/run
+	$(PY) -m tests.release $(RELEASE)
 
 clean: ## remove the virtual environments, builds and caches
 	rm -rf .venv .venv-integrations .venv-triton-* build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

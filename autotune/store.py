@@ -87,8 +87,8 @@ def _replace(path: Path, text: str, mode: int) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
+        os.chmod(draft, mode)  # by name: Windows has no other way
         os.replace(draft, path)
     except BaseException:
         Path(draft).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ FLOATS = "float16, bfloat16, float32 or float64"
 KERNELS = Configs._fields
 HOPPER_KERNELS = {"forward": "hopper_forward", "dkdv": "hopper_backward"}  # dq's Config is delta's, a plain kernel
 MAX_HEAD_DIM = 512
+DENSE = "[batch, seqlen, head_dim] or [batch, heads, seqlen, head_dim]"
 MAX_SEQLEN = 2**30 - 2**9  # a position, an offset and a tile together stay within 32 bits
 
 ConfigLike = Config | Mapping[str, Config] | None
@@ -29,13 +30,14 @@ def check_tensors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
     """q, k and v as views [batch, heads, seqlen, head_dim], batch 1 where packed; whether they came without heads."""
     ranks = (2, 3) if packed else (3, 4)
+    axes = "[total, head_dim] or [total, heads, head_dim]" if packed else DENSE
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.is_nested:
-            raise NotImplementedError(f"{name} is a nested tensor, which only flash_attention takes")
+            raise NotImplementedError(f"{name} is nested, which only flash_attention takes; pass {name}.values()")
         if x.layout != torch.strided:
             raise ValueError(f"{name} must be a strided tensor, got layout {x.layout}")
         if x.dim() not in ranks or x.dim() != q.dim():
-            expected = f"{ranks[0]} or {ranks[1]} dimensions" if x is q else f"{q.dim()} dimensions like q"
+            expected = f"{ranks[0]} or {ranks[1]} dimensions, {axes}" if x is q else f"{q.dim()} dimensions like q"
             raise ValueError(f"{name} must have {expected}, got shape {list(x.shape)}")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be {FLOATS}, got {name_of(x.dtype)}")
@@ -56,7 +58,11 @@ def check_tensors(
     heads, heads_k = q.shape[1], k.shape[1]
     check_equal("v", "heads_k", v.shape[1], "k", heads_k)
     if heads % heads_k if heads_k else heads:
-        raise ValueError(f"k must have a number of heads that divides q's {heads}, got {heads_k}")
+        swapped = not packed and not one_head and heads > q.shape[2] and k.shape[2] and q.shape[2] % k.shape[2] == 0
+        hint = "; transpose(1, 2) swaps heads and seqlen, where each is in the other's place"
+        raise ValueError(
+            f"k must have a number of heads that divides q's {heads}, got {heads_k}{hint if swapped else ''}"
+        )
     for name, x in (("q", q), ("v", v)):
         if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
@@ -148,10 +154,10 @@ def check_window(window: Any) -> tuple[int | None, int | None]:
     """The window as (left, right), None where a side is unbounded."""
     pair = window if isinstance(window, tuple) else (window, window)
     if len(pair) != 2:
-        raise ValueError(f"window must be an int, a pair (left, right) or None, got {window!r}")
+        raise ValueError(f"window must be an int, a tuple (left, right) or None, got {window!r}")
     for side in pair:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise ValueError(f"window must be an int, a pair (left, right) or None, got {window!r}")
+            raise ValueError(f"window must be an int, a tuple (left, right) or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window must be >= 0 on each side (None: unbounded), got {window!r}")
     return pair
@@ -192,8 +198,8 @@ def check_mask(mask: torch.Tensor, shape: Sequence[int], one_head: bool, device:
     """The mask as a view of four axes."""
     check_tensor("mask", mask, device)
     if mask.dtype != torch.bool:
-        hint = "; use bias for a float one" if mask.is_floating_point() else ""
-        raise ValueError(f"mask must be bool (True = attend), got {name_of(mask.dtype)}{hint}")
+        hint = "use bias for a float one, which is added" if mask.is_floating_point() else "mask.bool() makes it one"
+        raise ValueError(f"mask must be bool (True = attend), got {name_of(mask.dtype)}; {hint}")
     return broadcastable("mask", mask, shape, one_head)
 
 
@@ -212,10 +218,20 @@ def broadcastable(name: str, x: torch.Tensor, shape: Sequence[int], one_head: bo
     sizes = (1,) * (len(target) - x.dim()) + tuple(x.shape)
     if len(sizes) > len(target) or any(size != 1 and size != n for size, n in zip(sizes, target, strict=True)):
         axes = "[batch, seqlen_q, seqlen_k]" if one_head else "[batch, heads, seqlen_q, seqlen_k]"
-        raise ValueError(f"{name} must broadcast to {axes} = {list(target)}, got shape {list(x.shape)}")
+        hint = _from_batch(name, x.shape, target)
+        raise ValueError(f"{name} must broadcast to {axes} = {list(target)}, got shape {list(x.shape)}{hint}")
     while x.dim() < len(target):
         x = x.unsqueeze(0)
     return x.unsqueeze(1) if one_head else x
+
+
+def _from_batch(name: str, sizes: Sequence[int], target: Sequence[int]) -> str:
+    """How to index what lacks axes behind its first, where that is the batch, as in masks of padding; or nothing."""
+    missing = len(target) - len(sizes)
+    full = (*sizes[:1], *(1,) * missing, *sizes[1:])
+    if missing < 1 or len(sizes) < 2 or any(size not in (1, n) for size, n in zip(full, target, strict=True)):
+        return ""
+    return f"; {name}[{', '.join([':', *['None'] * missing])}] has batch first"
 
 
 def check_slopes(slopes: torch.Tensor, batch: int, heads: int, device: torch.device) -> torch.Tensor:
@@ -243,7 +259,8 @@ def check_mod(name: str, mod: Any, shape: Sequence[int], device: torch.device) -
     """Check a user function and its tensors against [batch, heads, seqlen_q, seqlen_k]; no gradient reaches those."""
     kind = ScoreMod if name == "score_mod" else MaskMod
     if not isinstance(mod, kind):
-        raise TypeError(f"{name} must be a flash.mods.{kind.__name__}, got {type(mod).__name__}")
+        made = f"flash.mods.{kind.__name__}(fn, torch_fn{', derivative' if kind is ScoreMod else ''}) makes one"
+        raise TypeError(f"{name} must be a flash.mods.{kind.__name__}, got {type(mod).__name__}; {made}")
     for n, x in enumerate(mod.args):
         check_tensor(f"{name}.args[{n}]", x, device)
         if not x.is_contiguous():
@@ -279,7 +296,8 @@ def check_block_mask(block_mask: Any, shape: Sequence[int], device: torch.device
 
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
-            f"block_mask must be a torch.nn.attention.flex_attention.BlockMask, got {type(block_mask).__name__}"
+            f"block_mask must be a torch.nn.attention.flex_attention.BlockMask, got {type(block_mask).__name__}; "
+            "its create_block_mask makes one, and mask takes a bool tensor"
         )
     lengths, expected = tuple(block_mask.seq_lengths), tuple(shape[2:])
     if lengths != expected:

@@ -367,7 +367,7 @@ def info(
     """
     if q is None:
         if k is not None or v is not None or keywords:
-            raise ValueError("q must be given where any other argument of a call is")
+            raise ValueError("q must be given where any other argument of a call is, got None")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, head_dim = torch.float16, 64
         backend, configs, hopper = choose("auto", device, dtype), {}, hopper_refuses(device, dtype)

@@ -156,7 +156,7 @@ def extents_of(q: Any, cuts: Sequence[Cut], axes: Axes, keywords: dict[str, Any]
     heads = found.setdefault(HEADS, Extent(0, 1, 1))
     parts = prod([mesh.size(at) for at, cut in enumerate(cuts) if cut.role == HEADS])
     if heads.whole % parts:
-        raise NotImplementedError(f"{heads.whole} heads do not divide among {parts} ranks")
+        raise NotImplementedError(f"q's {heads.whole} heads do not divide among {parts} ranks; shard batch or sequence")
     return Extents(found[BATCH], heads, found[ROWS])
 
 
@@ -189,7 +189,9 @@ def keys_of(tensors: Sequence[torch.Tensor], q: Any, k: Any, cuts: Sequence[Cut]
         there, held = (extent_of(n, cut, mesh, at) for n, cut in ((heads, of_q), (heads_k, of_k)))
         first, last = there.start // group, -(-(there.start + there.size) // group)
         if there.size % group and group % max(there.size, 1):
-            raise NotImplementedError(f"groups of {group} heads that share a key head do not divide by {there.size}")
+            raise NotImplementedError(
+                f"q's {group} heads of a key head do not divide by the {there.size} of a rank; shard batch or sequence"
+            )
         if there.size and not (held.start <= first and last <= held.start + held.size):
             raise NotImplementedError(
                 f"{heads_k} key heads are not sharded as the {heads} heads that share them: replicate k and v"

@@ -118,13 +118,19 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: an argument is wrong; the message names it.
             NotImplementedError: a nested tensor comes with masks, with need_weights or to a module with add_bias_kv.
         """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if any(x.is_nested for x in (query, key, value)):
             if need_weights or is_causal or key_padding_mask is not None or attn_mask is not None:
                 raise NotImplementedError(
-                    "nested tensors are served with need_weights=False, without masks and without is_causal"
+                    "query must be padded for weights, masks and is_causal; nested tensors go with need_weights=False"
                 )
             return self.forward_nested(query, key, value), None
         check_inputs(query, key, value, key_padding_mask, attn_mask, self.num_heads, self.batch_first)
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} must have {width} features, got shape {list(x.shape)}")
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be given with is_causal, which says that it is the causal mask; got None")
         batched, same = query.dim() == 3, query is key and key is value
@@ -198,7 +204,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward_nested(self, query: Any, key: Any, value: Any) -> Tensor:
         """Attention within each sequence of nested [batch, *, width]: a packed call on what they hold."""
         if self.bias_k is not None:
-            raise NotImplementedError("nested tensors and add_bias_kv; pad the sequences, and pass key_padding_mask")
+            raise NotImplementedError(
+                "add_bias_kv is not served with nested tensors; pass padded ones and key_padding_mask"
+            )
         same = query is key and key is value
         rows_q, starts_q = packed(query)
         (rows_k, starts_k), (rows_v, _) = [(rows_q, starts_q)] * 2 if same else (packed(key), packed(value))
@@ -223,7 +231,7 @@ def check_inputs(
     axes = query.dim()
     if axes not in (2, 3) or key.dim() != axes or value.dim() != axes:
         got = query.dim(), key.dim(), value.dim()
-        raise ValueError(f"query, key and value must all have 3 dimensions, or 2 without a batch; got {got}")
+        raise ValueError(f"query, key and value must all have 3 dimensions, or 2 without a batch, got {got}")
     if key.shape[:-1] != value.shape[:-1]:
         raise ValueError(f"value must have batch and length of key, {tuple(key.shape[:-1])}, got {tuple(value.shape)}")
     seqlen_axis = 0 if axes == 2 or not batch_first else 1

@@ -165,7 +165,7 @@ class PagedCache:
         if len(set(sequences)) < len(sequences):
             raise ValueError(f"sequences must differ, got {sequences}")
         if len(added) != len(sequences) or min(added, default=0) < 0:
-            raise ValueError(f"new must be a number or {len(sequences)}, none below 0, got {added if several else new}")
+            raise ValueError(f"new must be an int >= 0, or a list of {len(sequences)}, got {added if several else new}")
         before = [self._lengths[sequence] for sequence in sequences]
         counts = [self._pages_for(length + more) for length, more in zip(before, added, strict=True)]
         longest = max(counts, default=0)

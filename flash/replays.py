@@ -92,7 +92,7 @@ def again(key: Key, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor] | Non
         return None
     for launch in others:
         if not launch.again(given):
-            raise RuntimeError("Triton's settings changed between two launches of one call")
+            raise RuntimeError("Triton's settings changed between two launches of one call: change them between calls")
     if replay.written:
         written(*(given[n] for n in replay.written))
     return made[0], made[1]

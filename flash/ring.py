@@ -228,7 +228,7 @@ def group_of(group: Any, mesh: Any) -> Any:
         raise ValueError("torch.distributed must be initialised: call torch.distributed.init_process_group first")
     if mesh is not None:
         if group is not None:
-            raise ValueError("group and mesh must not both be given")
+            raise ValueError("group and mesh must not both be given: a mesh has its own group")
         if mesh.ndim != 1:
             raise ValueError(
                 f"mesh must have one dimension, got {mesh.ndim} of names {mesh.mesh_dim_names}: take one, as in "

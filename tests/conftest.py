@@ -9,6 +9,7 @@ the checker. Triton reads TRITON_INTERPRET when it decorates a kernel, so these 
     pytest -m gpu           the interpreted tests' bodies, on this machine's GPU
 """
 
+import hashlib
 import importlib.util
 import os
 import random
@@ -43,6 +44,22 @@ def pytest_configure(config: pytest.Config) -> None:
         repair.install()
         memory.install()
     torch.set_num_threads(1)  # xdist brings the processes
+    if config.getoption("order") is None:
+        told = getattr(config, "workerinput", {})
+        config.option.order = told.get("order", random.randrange(1, 10**6))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process of xdist what was drawn: all of them must have the same order."""
+    node.workerinput["order"] = node.config.getoption("order")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say which order it is, with -q too: the header does not come then."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(session.config, "workerinput"):
+        terminal.write_line(f"the order of tests: --order {session.config.getoption('order')}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +69,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         metavar="N",
         help="of each test only every N-th set of parameters, drawn by name",
+    )
+    parser.addoption(
+        "--order",
+        type=int,
+        metavar="N",
+        help="seed of the order that tests run in, drawn for each run where it is not given; 0 is as they are written",
     )
 
 
@@ -63,13 +86,24 @@ def drawn(items: list[pytest.Item], share: int) -> list[pytest.Item]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Marks before `-m` deselects, `--share` after it."""
+    """Marks before `-m` deselects, `--share` and `--order` after it."""
     mark(config, items)
     yield
     if (share := config.getoption("share")) > 1:
         kept = {item.nodeid for function in by_function(items) for item in drawn(function, share)}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
         items[:] = [item for item in items if item.nodeid in kept]
+    if seed := config.getoption("order"):
+        items[:] = shuffled(items, seed)
+
+
+def shuffled(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
+    """Files, and the tests of each, in the order of a seed: alike in every process, whatever else is run."""
+
+    def place(name: str) -> bytes:
+        return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+    return sorted(items, key=lambda item: (place(item.nodeid.partition("::")[0]), place(item.nodeid)))
 
 
 def by_function(items: list[pytest.Item]) -> Iterable[list[pytest.Item]]:
@@ -114,7 +148,7 @@ def mark(config: pytest.Config, items: list[pytest.Item]) -> None:
         elif "integrations" in marks and importlib.util.find_spec("neuralforecast") is None:
             reason = "needs the packages of `make test-integrations`"
         elif "aot" in marks and _interpreted():
-            reason = "compiles kernels: `pytest -m aot`, without TRITON_INTERPRET"
+            reason = "needs `pytest -m aot`, without TRITON_INTERPRET: compiles kernels"
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -102,7 +102,7 @@ def test_decode_compiles_without_spills_and_the_clamps_are_counted() -> None:
     hold("test_decode_compiled", "test_every_choice_of_few_rows", "test_append_and_merge_spill_nothing")
 
 
-@pytest.mark.skipif(not RUNS, reason="asked of machines with an H200; none has run it yet")
+@pytest.mark.skipif(not RUNS, reason="needs a run on an H200, of which there is none yet")
 def test_nine_tenths_of_copy_bandwidth_and_ahead_of_every_peer() -> None:
     for path in RUNS:
         for figure in figures(load(path)):

@@ -30,7 +30,7 @@ from tests.drivers import printed
 
 ROOT = Path(__file__).parents[1]
 RUNS = [path for path in sorted(ROOT.glob("bench/results/*/speed.json")) if "h200" in path.parent.name.lower()]
-MEASURED = pytest.mark.skipif(not RUNS, reason="asked of machines with an H200; none has run it yet")
+MEASURED = pytest.mark.skipif(not RUNS, reason="needs a run on an H200, of which there is none yet")
 
 
 def named_test(module: str, name: str) -> Callable[..., None]:

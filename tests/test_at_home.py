@@ -98,7 +98,9 @@ def test_a_new_length_would_be_seen_to_compile_again() -> None:
         compiled(tokens(13))
 
 
-COMPILER = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
 
 
 @pytest.mark.slow

@@ -332,7 +332,7 @@ def test_kernels_and_autotune_are_imported_through_flash() -> None:
     assert not found
 
 
-@pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="an sdist holds real folders in place of the links")
+@pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="needs links, in place of which an sdist holds real folders")
 @pytest.mark.parametrize("name", ["kernels", "autotune"])
 def test_links_are_there(name: str) -> None:
     link = ROOT / "flash" / name

@@ -314,7 +314,7 @@ def test_mods_are_made_in_compiled_code() -> None:
     assert all(map(torch.equal, found, want))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="runs a fresh Python by a POSIX path")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX paths")
 def test_torch_twins_serve_where_triton_cannot_be_imported() -> None:
     code = """
 import sys

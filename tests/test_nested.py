@@ -193,7 +193,7 @@ def test_strided_nested_tensors_are_not_served_and_the_nearest_layout_is_named()
 
 def test_only_flash_attention_takes_them() -> None:
     _, (q, k, v) = call(torch.device("cpu"))
-    with pytest.raises(NotImplementedError, match="q is a nested tensor, which only flash_attention takes"):
+    with pytest.raises(NotImplementedError, match="q is nested, which only flash_attention takes; pass q.values"):
         flash_attention_varlen(q, k, v, **lengths(q.device), max_seqlen_q=9, max_seqlen_k=9)
 
 

@@ -271,7 +271,7 @@ def test_patchtst_by_itself_drops_in_predictions() -> None:
     assert not torch.equal(own(batch()), own(batch()))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_tft_takes_memory_that_grows_with_the_length() -> None:
     """At length 4096 the scores of two heads are 128 MiB, and the model by itself holds several such."""
     from flash.integrations.neuralforecast import enable

@@ -1,12 +1,12 @@
 """What is built and shipped: the sdist, the wheel made from it, the pins; and a checkout whose links are gone."""
 
 import email
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,30 +16,12 @@ from packaging.requirements import Requirement
 
 from flash._checkout import LINKS, MEND, require_links
 from flash._version import __version__
+from tests.builds import ROOT, Built, build, built, copy_checkout, differences, sha256
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-ROOT = Path(__file__).parents[1]
-
-
-def build(target: str, source: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m build` in the environment at hand: one step, nothing downloaded."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)]
-    return subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
-
-
-def copy_checkout(target: Path) -> Path:
-    """The files that a build reads, with the links as links."""
-    target.mkdir()
-    for name in ("flash", "kernels", "autotune"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
-    return target
 
 
 def python_files(folder: Path) -> set[str]:
@@ -51,21 +33,12 @@ def python_files(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An sdist, unpacked, and the wheel made from it."""
-    out = tmp_path_factory.mktemp("built")
-    done = build("sdist", ROOT, out)
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
-        archive.extractall(out, **({"filter": "data"} if sys.version_info >= (3, 12) else {}))
-    sdist = out / f"flash_triton-{__version__}"
-    done = build("wheel", sdist, out)
-    assert done.returncode == 0, done.stderr
-    return sdist, next(out.glob("*.whl"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return built(tmp_path_factory.mktemp("built"))
 
 
-def test_sdist_carries_what_it_takes_to_build_test_and_read(built: tuple[Path, Path]) -> None:
-    sdist, _ = built
+def test_sdist_carries_what_it_takes_to_build_test_and_read(made: Built) -> None:
+    sdist = made.sdist
     files = (
         "LICENSE",
         "Makefile",
@@ -82,20 +55,49 @@ def test_sdist_carries_what_it_takes_to_build_test_and_read(built: tuple[Path, P
     assert not [path for path in sdist.rglob("*") if path.is_symlink()]
 
 
-def test_wheel_from_the_sdist_carries_kernels_and_tables(built: tuple[Path, Path]) -> None:
-    _, wheel = built
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_wheel_is_pure_and_holds_what_is_listed_and_nothing_else(made: Built) -> None:
+    with zipfile.ZipFile(made.wheel) as archive:
+        about = email.message_from_bytes(archive.read(f"flash_triton-{__version__}.dist-info/WHEEL"))
+        for name in archive.namelist():
+            archive.read(name).decode("utf-8")  # text, and nothing compiled
+    assert (about["Root-Is-Purelib"], about["Tag"]) == ("true", "py3-none-any")
+    listing = ROOT / "tests" / "wheel.txt"
+    told = "tests/wheel.txt does not list what the wheel holds; where that is meant, change these lines of it:"
+    found = differences(made.wheel, listing)
+    assert not found, "\n".join([told, *found])
+    listed = listing.read_text(encoding="utf-8").splitlines()
+    assert listed == sorted(set(listed))
+
+
+def test_wheel_carries_every_source_and_table(made: Built) -> None:
     expected = python_files(ROOT / "flash")
     assert {"flash/kernels/forward.py", "flash/autotune/tables.py"} <= expected
     assert any(name.startswith("flash/autotune/tables/") for name in expected)
+    names = set(zipfile.ZipFile(made.wheel).namelist())
     assert {name for name in names if name.endswith((".py", ".json"))} == expected
-    assert "flash/py.typed" in names
-    tops = {name.split("/")[0] for name in names}
-    assert tops == {"flash", f"flash_triton-{__version__}.dist-info"}
 
 
-def test_wheel_says_what_it_is(built: tuple[Path, Path]) -> None:
-    _, wheel = built
+def test_two_builds_are_the_same_to_the_byte(made: Built, tmp_path: Path) -> None:
+    # the checkout, with links, beside a copy without: of another folder and time, for its owner alone
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(made.sdist, copy)
+    for path in copy.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    umask = os.umask(0o077)
+    try:
+        for target, first in (("wheel", made.wheel), ("sdist", made.archive)):
+            for name, source in (("checkout", ROOT), ("copy", copy)):
+                out = tmp_path / f"{target} of the {name}"
+                done = build(target, source, out)
+                assert done.returncode == 0, done.stderr
+                assert sha256(out / first.name) == sha256(first), out.name
+    finally:
+        os.umask(umask)
+
+
+def test_wheel_says_what_it_is(made: Built) -> None:
+    wheel = made.wheel
     assert wheel.name == f"flash_triton-{__version__}-py3-none-any.whl"
     info = f"flash_triton-{__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
@@ -129,7 +131,7 @@ def break_by_empty_folder(link: Path) -> None:
 
 
 BREAKS = [break_by_text_file, break_by_leaving_out, break_by_empty_folder]
-needs_links = pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="an sdist holds no links that could break")
+needs_links = pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="needs links: an sdist has none to break")
 
 
 @needs_links
@@ -213,7 +215,7 @@ def project() -> dict[str, object]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.12"])
+@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_requirement_has_exactly_one_pin(python_version: str) -> None:
     pins, metadata = constraints(), project()
     groups = [metadata["dependencies"], *metadata["optional-dependencies"].values()]

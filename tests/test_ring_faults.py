@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], type[Exce
     "nan": (lambda: (tensors(), {"scale": float("nan")}), ValueError, "scale must be a finite float or None, got nan"),
     "object": (lambda: (tensors(), {"scale": object()}), ValueError, "scale must be a finite float or None"),
     "tensor": (lambda: (tensors(), {"scale": torch.tensor(0.5)}), ValueError, "scale must be a finite float or None"),
-    "infinite": (lambda: (tensors(), {"window": (float("inf"), 0)}), ValueError, "window must be an int, a pair"),
+    "infinite": (lambda: (tensors(), {"window": (float("inf"), 0)}), ValueError, "window must be an int, a tuple"),
     "sharding": (lambda: (tensors(), {"sharding": "zagzag"}), ValueError, "sharding must be one of"),
     "method": (lambda: (tensors(), {"method": "rnig"}), ValueError, "method must be one of"),
     "return_lse": (lambda: (tensors(), {"return_lse": 1}), ValueError, "return_lse must be True or False"),

@@ -325,7 +325,7 @@ def high_water() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc to read memory from")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to read memory from")
 def test_memory_of_a_rank_is_its_part_of_the_sequence(tmp_path: Path) -> None:
     peaks = {}
     for ranks, total in ((2, 2**16), (4, 2**16), (2, 2**17), (4, 2**17)):

@@ -256,7 +256,7 @@ WRONG: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "key lengths differ": (lambda: (*inputs(2)[:2], inputs(2, k=6)[2], {}), ValueError, "seqlen_k"),
     "dtypes differ": (lambda: (inputs(2)[0].float(), *inputs(2)[1:], {}), ValueError, "dtype"),
     "integers": (lambda: (*(x.int() for x in inputs(2)), {}), ValueError, "float16"),
-    "mask of integers": (lambda: (*inputs(2), {"attn_mask": bools(5, 7).int()}), ValueError, "bias"),
+    "mask of integers": (lambda: (*inputs(2), {"attn_mask": bools(5, 7).int()}), ValueError, "attn_mask must be"),
     "mask of a wrong shape": (lambda: (*inputs(2), {"attn_mask": bools(5, 6)}), ValueError, "broadcast"),
     "mask of a larger batch": (lambda: (*inputs(1), {"attn_mask": bools(3, 1, 5, 7)}), ValueError, "broadcast"),
     "mask of more axes": (lambda: (*inputs(), {"attn_mask": bools(2, 4, 5, 7)}), ValueError, "broadcast"),

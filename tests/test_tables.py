@@ -274,7 +274,7 @@ def test_any_damage_is_read_as_a_valid_table_or_refused() -> None:
     assert 0 < read < 1000
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
 def test_file_that_others_may_write_or_link_is_left_out(folder: Path) -> None:
     path = folder / tables.user_table_name("cuda:90", GPU)
     store.save(path, table())

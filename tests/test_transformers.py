@@ -435,7 +435,7 @@ def test_calls_that_cannot_be_meant_raise() -> None:
         attend(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
     causal = Visibility(True, None, 4, 4).mask("cpu")
     attend(torch.nn.Identity(), q, q, q, causal)
-    with pytest.raises(ValueError, match="is_causal=False contradicts"):
+    with pytest.raises(ValueError, match="is_causal must not be False beside a causal mask"):
         attend(torch.nn.Identity(), q, q, q, causal, is_causal=False)
     for wrong in (torch.ones(2, 1, 4, 4).tril().to(dtype) for dtype in (torch.int64, torch.int32, torch.uint8)):
         with pytest.raises(ValueError, match="must be bool or float"):

@@ -53,7 +53,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "max_seqlen_k must be an int >= 0, got 9.0": {"max_seqlen_k": 9.0},
     "max_seqlen_k must be an int >= 0, got None": {"max_seqlen_k": None},
     "max_seqlen_q must be an int >= 0, got True": {"max_seqlen_q": True},
-    r"q must have 2 or 3 dimensions, got shape \[1, 17, 4, 8\]": {"q": torch.randn(1, 17, 4, 8)},
+    r"q must have 2 or 3 dimensions, .*, got shape \[1, 17, 4, 8\]": {"q": torch.randn(1, 17, 4, 8)},
     r"k must have 3 dimensions like q, got shape \[20, 8\]": {"k": torch.randn(20, 8)},
     "v must have total_k 20 like k, got 19": {"v": torch.randn(19, 2, 6, dtype=torch.float64)},
     "v must have heads_k 2 like k, got 4": {"v": torch.randn(20, 4, 6, dtype=torch.float64)},

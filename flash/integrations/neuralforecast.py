@@ -214,7 +214,9 @@ class FullAttention(StandIn):
         self, queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None, tau: Any = None, delta: Any = None
     ) -> tuple[Tensor, None]:
         if attn_mask is not None:
-            raise NotImplementedError("attn_mask is not served, as no model of neuralforecast gives one")
+            raise NotImplementedError(
+                "attn_mask is not served, as no model gives one; call flash.flash_attention with mask"
+            )
         q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
         o = attend(q, k, v, causal=self.causal, scale=self.scale, dropout_p=self.dropout_p("dropout"))
         return o.transpose(1, 2).contiguous(), None
@@ -235,7 +237,9 @@ class ResidualAttention(StandIn):
         attn_mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
         if key_padding_mask is not None or attn_mask is not None:
-            raise NotImplementedError("masks are not served, as PatchTST gives none")
+            raise NotImplementedError(
+                "attn_mask and its like are not served, as PatchTST gives none; call flash.flash_attention with mask"
+            )
         k, dropout_p = k.transpose(2, 3), self.dropout_p("attn_dropout")
         if not self.own[0].res_attention:
             return attend(q, k, v, dropout_p=dropout_p), None

@@ -115,7 +115,7 @@ def refuse(problem: Problem) -> None:
     elif mods.blocks is not None:
         what = "block_mask; give the same rule as mask_mod, or as a mask"
     elif any(mod is not None and mod.torch_fn is None for mod in (mods.score_mod, mods.mask_mod)):
-        what = "a ScoreMod or MaskMod without torch_fn"
+        what = "a ScoreMod or MaskMod without torch_fn; give it one, which is what is written out"
     if what is not None:
         raise NotImplementedError(f"ONNX has nothing for {what}")
 

@@ -75,6 +75,11 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise ValueError("explicit attn_mask should not be set when is_causal=True")
+    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(x, torch.Tensor) and (x is not None or name != "attn_mask"):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool or float, got {attn_mask.dtype}; attn_mask.bool() is True = attend")
     call: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, causal=is_causal)
     if query.is_nested:
         if attn_mask is not None:
@@ -103,7 +108,7 @@ def broadcast(
     """Views with four axes or more, alike but for lengths, head dimensions and heads, of which key and value have fewer
     where one is shared."""
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
-        raise ValueError("enable_gqa must be False where an input has no axis of heads")
+        raise ValueError("enable_gqa must be False where an input has no axis of heads, got True")
     rank = max(4, query.dim(), key.dim(), value.dim())
     query, key, value = (x[(None,) * (rank - x.dim())] for x in (query, key, value))
     heads_k, heads_v = key.shape[-3], value.shape[-3]

@@ -308,7 +308,7 @@ def attend(
         seqlen_q = query.shape[2]
         said, row = Visibility.of(attention_mask, query.shape[0], seqlen_q, key.shape[2])
         if said.causal and is_causal is False:
-            raise ValueError("is_causal=False contradicts a causal mask; set model.config.is_causal = False instead")
+            raise ValueError("is_causal must not be False beside a causal mask; set model.config.is_causal = False")
         seen = band(said.causal, said.left)
         first = said.keys - said.rows + row  # place of the first query among the keys
         if row + seqlen_q != said.rows:  # the model has left out the last ones
@@ -327,7 +327,9 @@ def attend(
         assert isinstance(o, Tensor)
         return o.transpose(1, 2).contiguous()
     if cu_seq_lens_k is None or query.shape[0] != 1 or bias is not None or "mask" in seen:
-        raise ValueError("cu_seq_lens_q needs cu_seq_lens_k, a batch of one, no padding and no bias")
+        raise ValueError(
+            "cu_seq_lens_q must come with cu_seq_lens_k, a batch of one, no padding and no bias, got others"
+        )
     keywords["mask_mod"] = None  # the same documents
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     o = flash_attention_varlen(
