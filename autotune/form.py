@@ -144,7 +144,7 @@ def _refuse(word: str) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("an object must have each of its names once")
+        raise ValueError("a table's objects must have each name once, got one twice")
     return found
 
 

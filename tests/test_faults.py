@@ -297,7 +297,7 @@ def test_what_a_sweep_says_at_last_stands_in_a_line_of_its_own_below_its_progres
 @pytest.mark.slow
 def test_no_gpu_answers_here() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU, and it answers")
+        pytest.skip("needs a machine without a GPU")
     assert not sweep.answers()
 
 
@@ -360,7 +360,7 @@ def full_device(folder: Path) -> Iterator[None]:
 FULL: dict[str, Callable[[Path], Any]] = {"limit": lambda folder: small_files(400), "device": full_device}
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("how", FULL)
 def test_a_full_disk_leaves_the_old_table_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str

@@ -12,14 +12,15 @@ from tests.test_layout import ROOT, tree
 
 # What a reason may say that is needed: what the condition beside it must then ask for.
 NEEDS = {
-    r"/proc": r"linux|/proc",
+    r"/proc": r"linux|/proc|descriptors",
+    r"/dev/full": r"/dev/full",
     r"\bPOSIX\b": r"win32|getuid",
     r"\bH200\b": r"\bRUNS\b",
     r"\blinks\b": r"PKG-INFO",
     r"\bC\+\+": r"which\(",
     r"\bgit\b": r"which\('git'\)",
     r"\bmake\b": r"which\('make'\)",
-    r"\bGPU": r"cuda",
+    r"\bGPU": r"cuda|ran_on_a_gpu",
     r"\bPython \{": r"\bis None\b",
     r"\bbackend that serves\b": r"NotImplementedError",
     r"\bTriton and TRITON_INTERPRET=1\b": r"_interpreted\(\)",

@@ -249,7 +249,7 @@ FOREIGN: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
 @pytest.mark.parametrize("how", FOREIGN)
 def test_a_folder_of_others_is_neither_read_nor_written(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -396,7 +396,7 @@ def test_info_prints_nothing_that_moves_a_cursor() -> None:
 def test_opening_leaves_no_file_open_behind(tmp_path: Path) -> None:
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
-        pytest.skip("reads what is open from /proc")
+        pytest.skip("needs /proc, for what is open")
     (tmp_path / "open").touch(0o666)
     (tmp_path / "open").chmod(0o666)
     before = len(os.listdir(descriptors))

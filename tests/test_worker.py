@@ -125,7 +125,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads what runs from /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, for what runs")
 def test_a_job_that_hangs_ends_with_a_sweep_that_was_killed() -> None:
     command = [sys.executable, "-c", "from tests.test_worker import orphan; orphan()"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
