@@ -166,7 +166,6 @@ def test_code_blocks_run() -> None:
 # The house
 
 
-@missing("the walk")
 def test_the_walk_is_counted_and_stands_beside_others() -> None:
     hold("test_house", "test_the_walk_in_contributing_is_the_one_that_a_call_takes")
 

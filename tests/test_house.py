@@ -1,11 +1,17 @@
 """The house keeps its measures: lengths of files and functions, arguments, what is written twice."""
 
 import ast
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from flash import flash_attention
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("flash", "kernels", "autotune", "bench", "examples", "tests")
@@ -42,6 +48,15 @@ def arguments(function: Function) -> list[str]:
     names = [arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     names += [arg.arg for arg in (given.vararg, given.kwarg) if arg is not None]
     return names[1:] if names[:1] in (["self"], ["cls"]) else names
+
+
+def named(path: Path, name: str) -> list[Function]:
+    """The functions of a file by a name, "Class.name" of a method."""
+    owner, _, own = name.rpartition(".")
+    body: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    if owner:
+        body = [node for node in ast.walk(body[0]) if isinstance(node, ast.ClassDef) and node.name == owner]
+    return [node for part in body for node in ast.walk(part) if isinstance(node, Function) and node.name == own]
 
 
 def is_kernel(function: Function) -> bool:
@@ -114,3 +129,44 @@ def test_what_is_written_twice_is_found(count: int) -> None:
     body = ast.parse("def f():\n    'Words.'\n    if y:\n        " + "\n        ".join(lines[1:]) + "\n").body[0]
     assert isinstance(body, ast.FunctionDef)
     assert list(statements(body.body)) == ["if y:", *lines[1:]]
+
+
+def stack_of(kernel: str) -> list[tuple[str, str]]:
+    """(file, function) of ours on the stack when a kernel of a plain call starts, the outermost first."""
+    q, k, v = (torch.randn(1, 2, 17, 16, requires_grad=True) for _ in range(3))
+    found: list[tuple[str, str]] = []
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        if event != "call" or frame.f_code.co_name != kernel or found:
+            return
+        while frame is not None:
+            path = Path(frame.f_code.co_filename).resolve()
+            if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("flash", "kernels", "autotune"):
+                found.append((str(path.relative_to(ROOT)), frame.f_code.co_name))
+            frame = frame.f_back
+
+    torch.autograd.set_multithreading_enabled(False)  # a profiler belongs to its thread
+    sys.setprofile(watch)
+    try:
+        flash_attention(q, k, v, causal=True, backend="triton").sum().backward()
+    finally:
+        sys.setprofile(None)
+        torch.autograd.set_multithreading_enabled(True)
+    return found[::-1]
+
+
+@pytest.mark.interpret(gpu=False)
+@pytest.mark.parametrize(("head", "kernel"), [("forward", "forward_kernel"), ("backward", "dq_kernel")])
+def test_the_walk_in_contributing_is_the_one_that_a_call_takes(head: str, kernel: str) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The walk")[2]
+    table = text.partition(f"| step | {head} | arguments |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| \d+ \| `(\S+)` `(\S+)` \| (\d+) \|$", table, re.MULTILINE)
+    assert [(file, name.rpartition(".")[2]) for file, name, _ in rows] == stack_of(kernel)
+    for file, name, count in rows:
+        assert [len(arguments(found)) for found in named(ROOT / file, name)] == [int(count)], name
+    (files_said, steps_said, widest, last) = re.search(
+        rf"^\| here, {head} \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE
+    ).groups()  # type: ignore[union-attr]
+    inner = [int(count) for _, _, count in rows[1:-1]]
+    assert (int(files_said), int(steps_said)) == (len({file for file, _, _ in rows}), len(rows))
+    assert (int(widest), int(last)) == (max(inner), int(rows[-1][2]))
