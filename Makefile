@@ -51,7 +51,7 @@ test: $(READY) ## the tests: kernels interpreted, then kernels compiled (about 1
 	$(PY) $(PYTEST) -m "aot and not slow"
 
 test-slow: $(READY) ## what `make test` leaves out
-	TRITON_INTERPRET=1 $(PY) $(PYTEST) --share $(SHARE) -m "slow and not aot and not gpu"
+	TRITON_INTERPRET=1 $(PY) $(PYTEST) --share $(SHARE) --ignore tests/test_installs.py -m "slow and not aot and not gpu"
 	$(PY) $(PYTEST) --share $(SHARE) -m "slow and aot"
 
 test-integrations: .venv-integrations/.ready ## other people's models: installs transformers, neuralforecast, ... (some 1 GB) beside
@@ -60,7 +60,7 @@ test-integrations: .venv-integrations/.ready ## other people's models: installs 
 test-installs: $(READY) ## wheel and sdist in clean environments of each Python there is, and without Triton
 	$(PY) -m pytest -q tests/test_installs.py
 
-test-all: test test-slow test-integrations ## all three
+test-all: test test-slow test-integrations test-installs ## all four
 
 test-gpu: $(READY) ## the same tests on the GPU of this machine
 	$(PY) -m pytest -q -m gpu
@@ -88,7 +88,8 @@ coverage: $(READY) ## every line of every kernel is reached by the interpreted t
 	rm -f .coverage .coverage.*
 	TRITON_INTERPRET=1 $(PY) -m coverage run $(PYTEST) -m "interpret and not gpu and not slow"
 	$(PY) -m coverage combine --quiet
-	$(PY) -m coverage report --include="kernels/*" --show-missing --fail-under=100
+	$(PY) -m coverage report --include="kernels/*" --show-missing --fail-under=100 > tests/coverage.txt || { cat tests/coverage.txt; exit 1; }
+	@cat tests/coverage.txt
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,7 @@
 """What is true of the suite itself: what it leaves out says why, and is left out for that reason."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.mutation.run import LEAST, SOURCES
 from tests.test_layout import ROOT, tree
 
 # What a reason may say that is needed: what the condition beside it must then ask for.
@@ -153,3 +155,25 @@ def test_every_skip_says_what_it_needs() -> None:
 def test_a_skip_without_a_true_reason_is_found(line: str, told: str | None) -> None:
     (left,) = left_out(ast.parse(line), "tests/test_x.py")
     assert wrong(left) == told
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in ROOT.glob("kernels/*.py")))
+def test_coverage_of_the_kernels_is_complete_in_the_committed_run(path: str) -> None:
+    report = (ROOT / "tests" / "coverage.txt").read_text(encoding="utf-8")  # `make coverage` writes it
+    (share,) = re.findall(rf"^kernels/{re.escape(path)} .* (\d+)%$", report, re.MULTILINE)
+    assert share == "100"
+
+
+def test_mutants_of_every_kernel_are_killed_in_the_committed_run() -> None:
+    report = json.loads((ROOT / "tests" / "mutation" / "report.json").read_text(encoding="utf-8"))
+    assert report["rate"] >= LEAST and report["survived"] == []
+    assert report["killed"] + report["equivalent"] == report["mutants"]
+    mutated = {str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern)}
+    assert mutated - report["files"].keys() == {"kernels/launch.py", "kernels/spec.py"}  # which hold no device code
+
+
+@pytest.mark.xfail(strict=True, reason="tests/steady.json: twenty runs of `make steady` take three hours")
+def test_twenty_runs_in_a_row_pass_in_the_committed_report() -> None:
+    report = json.loads((ROOT / "tests" / "steady.json").read_text(encoding="utf-8"))
+    runs = report["runs"][-20:]
+    assert len(runs) == 20 and all(run["exit_code"] == 0 for run in runs)

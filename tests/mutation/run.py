@@ -15,6 +15,7 @@ import ast
 import gc
 import importlib
 import itertools
+import json
 import math
 import os
 import random
@@ -300,6 +301,26 @@ def verdict(results: Sequence[Result], equivalent: Mapping[str, str]) -> tuple[i
     return killed, same, len(results) - killed - same, killed / max(1, len(results) - same)
 
 
+def told(results: Sequence[Result], equivalent: Mapping[str, str]) -> dict[str, Any]:
+    """What became of the mutants: counts, for each file how many it has, and who survived unlisted."""
+    import torch
+
+    from bench.record import machine
+    from flash.autotune.tables import kernel_hash
+
+    killed, same, _, rate = verdict(results, equivalent)
+    return {
+        "machine": machine(torch.device("cpu"), 1),
+        "kernels": kernel_hash(),
+        "mutants": len(results),
+        "killed": killed,
+        "equivalent": same,
+        "rate": round(rate, 4),
+        "files": dict(sorted(Counter(result.mutant.path for result in results).items())),
+        "survived": sorted(r.mutant.name for r in results if not r.killer and r.mutant.name not in equivalent),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants drawn at random; default: all")
@@ -308,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="of cases for each; default: all that reach it")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--verbose", action="store_true", help="print every case, and what killed each mutant")
+    parser.add_argument("--report", type=Path, help="where to write what became of them, as JSON")
     options = parser.parse_args(arguments)
     watch()
     from tests.mutation import cases, cases_decode
@@ -345,6 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(results)} mutants in {time.perf_counter() - start:.0f} s: {killed} killed, {same} equivalent, "
         f"{new} survived; {100 * rate:.1f} % of those not equivalent killed"
     )
+    if options.report is not None:
+        options.report.write_text(json.dumps(told(results, equivalent), indent=1) + "\n", encoding="utf-8")
     return 1 if new or gone or missed or rate < LEAST else 0
 
 
