@@ -34,7 +34,7 @@ NOT_MEASURED = {
 }
 
 REPORT, FEATURES, LONG = CPU + "report.md", CPU + "features.md", CPU + "long.md"
-DECODE, OVERHEAD, SCALE = CPU + "decode.md", CPU + "overhead.md", CPU + "scale.md"
+COLD, DECODE, OVERHEAD, SCALE = CPU + "cold.md", CPU + "decode.md", CPU + "overhead.md", CPU + "scale.md"
 FORWARD_COSTS = "Cost of features: forward, length 4096, batch 1, 8 heads, head_dim 64, float32"
 WINDOWS = "Long sequences: window 1024, causal, forward, batch 1, 8 heads, head_dim 64, float32"
 PLAIN = "Triton 3.7.1: python -m flash.autotune.resources forward --head-dim"
@@ -96,12 +96,19 @@ FACTS = (
     Fact("512 keys) to {0.99}x", DECODE, DENSE + "| 2 / 2 | 4 | 2048 |"),
     Fact("it is faster in one row, {1.48}x", DECODE, DENSE + "| 8 / 2 | 4 | 2048 |"),
     # a call in Python
-    Fact("A plain call made before takes {8.0} µs, {2.0}x", OVERHEAD, "flash_attention"),
-    Fact("one that is not plain, takes {127} µs", OVERHEAD, "without a plan"),
-    Fact("one with gradients {167} µs", OVERHEAD, "flash: with gradients"),
-    Fact("where torch's takes {5.7} µs", OVERHEAD, "SDPA: with gradients"),
-    Fact("a call costs some {170} µs before its kernel runs", OVERHEAD, "flash: with gradients"),
-    Fact("attention costs {6} ([measured]", OVERHEAD, "SDPA: with gradients"),
+    Fact("A plain call made before takes {8.8} µs, {1.9}x", OVERHEAD, "flash_attention"),
+    Fact("one that is not plain, takes {150.3} µs", OVERHEAD, "without a plan"),
+    Fact("one with gradients {196.2} µs", OVERHEAD, "flash: with gradients"),
+    Fact("where torch's takes {7.4} µs", OVERHEAD, "SDPA: with gradients"),
+    Fact("a call costs some {196} µs before its kernel runs", OVERHEAD, "flash: with gradients"),
+    Fact("attention costs {7} ([measured]", OVERHEAD, "SDPA: with gradients"),
+    # beginning
+    Fact("imports add {224} ms to that of", COLD, "imports add"),
+    Fact("the first call takes {1.18}x of its time forward", COLD, "forward, first:"),
+    Fact("and {1.22}x forward", COLD, "both, first:"),
+    Fact("the second {1.06}x and", COLD, "forward, second: 1.06x"),
+    Fact("and {1.12}x. Compiled", COLD, "both, second:"),
+    Fact("takes {14420} ms to its first result", COLD, "| forward, first  "),
     # several processes
     Fact("measured times are {0.77} to {1.43} of the model's", SCALE, "Measured over predicted:"),
     Fact("Measured times are from {0.77} to {1.43} of the model's", SCALE, "Measured over predicted:"),

@@ -266,19 +266,7 @@ def medians(content: Any) -> Iterator[dict[str, Any]]:
             yield from medians(value)
 
 
-STALE = {
-    "overhead.json": "its medians are to be measured anew, on a quiet machine: python -m bench.run --suite overhead"
-}
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=pytest.mark.xfail(strict=True, reason=STALE[path.name]) if path.name in STALE else ())
-        for path in RUNS
-    ],
-    ids=lambda path: path.name,
-)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_run_says_machine_versions_seed_median_and_spread(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     machine, settings = content["machine"], content["settings"]
