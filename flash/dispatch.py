@@ -8,6 +8,7 @@
 both have been timed. Else it takes the first of the others that serves. A backend asked for by name serves or raises.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ import torch
 from . import fallback
 from ._version import __version__
 from .autotune import tables
-from .kernels.spec import Configs, Gradients, Mods, Positions, Spec
+from .kernels.spec import Configs, Gradients, Mods, Positions, Spec, Unfit
 from .problem import KERNELS, MAX_HEAD_DIM, PACKING, Options, Problem, check_flag, name_of
 
 PREFERENCE = ("hopper", "triton", "torch")
@@ -211,8 +212,8 @@ def plain(problem: Problem) -> str:
     return backend
 
 
-def tuned(problem: Problem, kernel: str) -> tables.Choice:
-    """The Config of a kernel for a Problem, the user's or the table's, and why.
+def tuned(problem: Problem, kernel: str, formula: bool = False) -> tables.Choice:
+    """The Config of a kernel for a Problem, the user's or the table's (or the formula's in its place), and why.
 
     Raises:
         ValueError: the user's tiles do not divide the blocks of a block mask.
@@ -227,7 +228,12 @@ def tuned(problem: Problem, kernel: str) -> tables.Choice:
             raise ValueError(f"config[{kernel!r}] must have tiles that divide block_mask's {blocks}, got {tile}")
         return tables.Choice(given, "given by the caller")
     target, dtype, head_dim, seqlen, causal, gpu = table_key(problem)
-    found = tables.lookup(target, kernel, dtype, head_dim, seqlen, causal, gpu)
+    if formula:
+        bucket = next(d for d in tables.HEAD_DIMS if d >= head_dim)
+        config = tables.heuristic(target, kernel, dtype, bucket)
+        found = tables.Choice(config, "formula, as what the table says does not fit")
+    else:
+        found = tables.lookup(target, kernel, dtype, head_dim, seqlen, causal, gpu)
     if problem.spec.hides or problem.spec.blocks is not None or problem.spec.dropout_p > 0:
         found = tables.narrowed(found, kernel)
     if blocks is None:
@@ -262,14 +268,25 @@ def tuned_for_hopper(problem: Problem, kernel: str) -> tables.Choice:
     return tables.Choice(shipped[0], "compiled and simulated, untimed")
 
 
+def replace(problem: Problem, error: Unfit, formula: bool) -> None:
+    """Warn that a table's Config does not fit this device, and that the formula's will be taken; or raise.
+
+    Raises:
+        Unfit: it was the caller's Config, or the formula's own.
+    """
+    if formula or any(config is not None for config in problem.configs):
+        raise error
+    warnings.warn(f"{error}; a formula's tiles are taken in place of the table's", RuntimeWarning, stacklevel=2)
+
+
 def as_given(q: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which torch's own operations leave dtypes alone: what autocast asks of a call, Problem has done."""
     device = q.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of a Problem from the backend that serves it."""
+def forward(problem: Problem, formula: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of a Problem from the backend that serves it; with the formula's tiles where a table's do not fit."""
     p = problem
     call = (p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions)
     backend = chosen(p)
@@ -282,7 +299,11 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         return hopper_forward.forward(*call, tuned(p, "hopper_forward").config)
     from .kernels import forward as kernels
 
-    return kernels.forward(*call, tuned(p, "forward").config)
+    try:
+        return kernels.forward(*call, tuned(p, "forward", formula).config)
+    except Unfit as error:
+        replace(p, error, formula)
+    return forward(p, formula=True)
 
 
 def backward(
@@ -292,8 +313,9 @@ def backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     needs: Gradients,
+    formula: bool = False,
 ) -> Gradients:
-    """The wanted gradients of a Problem from the backend that serves it."""
+    """The wanted gradients of a Problem from the backend that serves it; tiles as in `forward`."""
     p = problem
     call = (do, dlse, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
     backend = chosen(p, "backward", needs)
@@ -310,8 +332,12 @@ def backward(
         p.mods.score_mod.require("derivative")
     from .kernels import backward as kernels
 
-    configs = Configs(*(tuned(p, kernel).config for kernel in KERNELS))
-    return kernels.backward(*call, configs, needs)
+    configs = Configs(*(tuned(p, kernel, formula).config for kernel in KERNELS))
+    try:
+        return kernels.backward(*call, configs, needs)
+    except Unfit as error:
+        replace(p, error, formula)
+    return backward(p, do, dlse, o, lse, needs, formula=True)
 
 
 def jvp(problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

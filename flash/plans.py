@@ -14,7 +14,7 @@ import torch
 from . import dispatch
 from .autotune import tables
 from .checks import MAX_SEQLEN
-from .kernels.spec import dense_like
+from .kernels.spec import Unfit, dense_like
 from .ops import watching
 from .problem import Problem
 
@@ -106,7 +106,11 @@ def planned(
     from .kernels.forward import planned_forward
 
     config = dispatch.tuned(p, "forward").config
-    o, lse, plan = planned_forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions, config)
+    try:
+        o, lse, plan = planned_forward(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions, config)
+    except Unfit:  # the ordinary way knows what to do
+        keep(key, None)
+        return None
     aligned = all(x.data_ptr() % ALIGNED == 0 for x in (p.q, p.k, p.v, o, lse))
     if plan is not None and aligned:
         keep(key, plan)

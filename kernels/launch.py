@@ -7,9 +7,9 @@ import torch
 import triton
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spec, View
+from .spec import Blocks, Config, Mods, Operands, Positions, Shape, Sizes, Spec, Unfit, View
 
 Numbers = TypeVar("Numbers", bound=tuple[Any, ...])
 
@@ -121,7 +121,7 @@ def launch(kernel: Any, programs: int, device: torch.device, config: Config, *ar
         Triton's CompiledKernel; None where nothing was launched, or was interpreted.
 
     Raises:
-        ValueError: the configuration needs more shared memory or registers than the device has.
+        Unfit: the configuration needs more shared memory or registers than the device has.
     """
     if programs == 0:
         return None
@@ -129,8 +129,8 @@ def launch(kernel: Any, programs: int, device: torch.device, config: Config, *ar
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return kernel[(programs,)](*args, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **options)
-    except OutOfResources as error:
-        raise ValueError(f"config must fit {device}, got {config} for {kernel.__name__}: {error}") from error
+    except (OutOfResources, PTXASError) as error:
+        raise Unfit(f"config must fit {device}, got {config} for {kernel.__name__}: {error}") from error
 
 
 def launch_again(compiled: Any, kernel: Any, programs: int, device: torch.device, args: tuple[Any, ...]) -> bool:

@@ -29,6 +29,10 @@ class Config(NamedTuple):
     ahead: bool = False
 
 
+class Unfit(ValueError):
+    """A Config that a kernel cannot be compiled or launched with on a device."""
+
+
 class Configs(NamedTuple):
     """One Config for each kernel that has tiles."""
 

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ import flash
 from flash import dispatch
 from flash.attention import flash_attention
 from flash.autotune import tables
+from flash.kernels.spec import Config, Unfit
+from tests.bounds import check, differentiate
+from tests.calls import Place, random_inputs
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -231,3 +236,38 @@ print(json.dumps(flash.info()["backends"]))
 def test_python_m_flash_prints_it() -> None:
     done = subprocess.run([sys.executable, "-m", "flash"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["backends"]["torch"] == "served"
+
+
+@pytest.mark.interpret(gpu=False)
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_of_a_table_that_do_not_fit_make_one_warning_and_no_wrong_result(
+    causal: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flash.kernels import backward, forward
+
+    huge = Config(256, 256, 16, 8)
+    monkeypatch.setattr(tables, "lookup", lambda *call: tables.Choice(huge, "a table"))
+    refused: list[str] = []
+    stock = forward.launch
+
+    def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **options: Any) -> Any:
+        if config == huge:
+            refused.append(kernel.__name__)
+            raise Unfit(f"config must fit {device}, got {config}")
+        return stock(kernel, programs, device, config, *args, **options)
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "launch", launch)
+
+    def attend(*tensors: torch.Tensor, **options: Any) -> Any:
+        return flash_attention(*tensors, backend="triton", return_lse=True, **options)
+
+    x = random_inputs(place, heads_k=1, seqlen_q=40, seqlen_k=53, head_dim=24, head_dim_v=32, causal=causal)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        check(differentiate(attend, x), x)
+    told = [str(each.message) for each in seen if "formula" in str(each.message)]
+    assert len(told) == 2 and all("in place of the table's" in words for words in told)  # forward and backward
+    assert refused == ["forward_kernel", "delta_kernel"]
+    with pytest.raises(Unfit, match="config must fit"):  # what the caller asks for is not replaced
+        attend(x.q, x.k, x.v, config=huge)
