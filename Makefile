@@ -80,6 +80,7 @@ compat: $(COMPAT:%=compat-%) ## the interpreted kernel tests on other Tritons (P
 compat-%: .venv-triton-%/.ready
 	TRITON_INTERPRET=1 .venv-triton-$*/bin/python $(PYTEST) --share $(SHARE) -m "interpret and not gpu and not slow"
 	$(if $(filter $*,$(HOPPER_COMPAT)),.venv-triton-$*/bin/python $(PYTEST) --share $(SHARE) -m "aot and not slow" tests/test_hopper_*.py)
+	.venv-triton-$*/bin/python $(PYTEST) -m "aot and not slow" tests/test_compat.py
 
 mutants: $(READY) ## the tests are tested: small changes to the kernels, each of which they must notice
 	$(PY) -m tests.mutation.run --jobs $(JOBS) $(MUTANTS)

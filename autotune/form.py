@@ -4,7 +4,7 @@ A table says where it was made, and has rows (kernel, dtype, head_dim, ragged, c
 bucket, the power of two that holds the call's; ragged calls have a head_dim that is no multiple of 16, so that their
 rows are not aligned; seqlen is the longest sequence that a row is for; null as ragged, causal or seqlen means any.
 Every number is held to an allow-list on reading, those of a Config to what its kernel accepts (`spec.LIMITS`), so a
-table can make a call slow, but never wrong: tiles that do not fit the GPU are replaced by the formula's, with a warning.
+table can make a call slow, but never wrong: tiles that do not fit are replaced by the formula's, with a warning.
 """
 
 import json

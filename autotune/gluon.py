@@ -93,7 +93,7 @@ def arguments(kernel: str, config: Config, wide: Any, wide_v: Any, constants: di
     if kernel == "hopper_forward":
         given: Any = hopper_forward.Given(number, number, single, single)
         return {"sources": hopper_forward.Sources(wide, wide_v), "given": given, "SLOTS": Leaf("constexpr", slots)}
-    given = hopper_backward.Given(NONE if kernel == "hopper_dkdv" else pointer("fp32"), single)
+    given = hopper_backward.Given(NONE if kernel == "hopper_dkdv" else pointer("fp32"), single, single, single)
     static = hopper_backward.Static(constants["spec"], constants["shape"], slots)
     return {"given": given, "static": Leaf("constexpr", static)}
 

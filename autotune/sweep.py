@@ -7,13 +7,14 @@
 Every candidate is compiled, and compared with the float64 oracle before it may win, in processes of their own. A killed
 sweep goes on where it was when it is started again. The table goes beside Triton's cache, or where --output says.
 
-Exit codes: 0 done; 2 wrong arguments; 3 the GPU went away, and what was found is kept; 4 there is no GPU; 5 the table
-cannot be written. What lies in its place and is no table is put aside as .bad with a warning, and stops nothing: there
-is no strict mode.
+Exit codes: 0 done; 1 nothing compiles for the target; 2 wrong arguments; 3 the GPU went away, and what was found is
+kept; 4 there is no GPU, or no Triton; 5 the table cannot be written. What lies in its place and is no table is put
+aside as .bad with a warning, and stops nothing: there is no strict mode.
 """
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -273,7 +274,7 @@ def summary(journal: Journal) -> str:
     """How many candidates ended how."""
     ends: dict[str, int] = {}
     for value in journal.entries.values():
-        if isinstance(value, dict):
+        if is_outcome(value):
             ends[value["status"]] = ends.get(value["status"], 0) + 1
     return ", ".join(f"{number} {status}" for status, number in sorted(ends.items())) or "nothing to time"
 
@@ -291,11 +292,15 @@ def main(argv: list[str] | None = None) -> int:
     names("--seqlen", nargs="+", type=int, choices=tables.SEQLENS, default=[1024, 8192], help="lengths to time")
     names("--output", type=Path, help="the table (offline: the shipped one; else one beside Triton's cache)")
     options = parser.parse_args(argv)
+    if options.offline and not re.fullmatch(r"cuda:\d+|hip:gfx[0-9a-f]+", options.offline):
+        parser.error(f"--offline must be a target like cuda:90 or hip:gfx942, got {options.offline!r}")
     return _offline(options) if options.offline else _here(options)
 
 
 def _offline(options: argparse.Namespace) -> int:
     target = options.offline
+    if tables.triton_version() is None:
+        return _say("no Triton here: nothing to compile with", 4)
     path = options.output or Path(__file__).parent / "tables" / tables.table_name(target)
     wanted = list(offline.needs(target, options.dtype or tuple(tables.ITEMSIZE), options.head_dim or tables.HEAD_DIMS))
     wanted = [need for need in wanted if need.kernel in options.kernel]
@@ -310,6 +315,8 @@ def _offline(options: argparse.Namespace) -> int:
         return _say(f"stopped: {error}; start again to go on from here", 3)
     finally:
         worker.close()
+    if not table.rows:
+        return _say(f"no candidate compiles for {target} and fits it: no table is written", 1)
     if not _written(path, table, private=False):
         return 5
     journal.remove()

@@ -129,8 +129,8 @@ def draw(content: dict[str, Any], path: Path) -> Path:
     )  # fmt: skip
 
 
-def write(content: dict[str, Any], out: Path) -> str:
-    """Write cold.json, cold.md and cold.png, and return the text."""
+def write(content: dict[str, Any], out: Path) -> int:
+    """Write cold.json, cold.md and cold.png, and print the text; the exit code."""
     return records.leave(content, out, "cold", report, draw)
 
 

@@ -159,8 +159,8 @@ def report(content: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write(content: dict[str, Any], out: Path) -> str:
-    """Write error.json, error.md and error.png, and return the text."""
+def write(content: dict[str, Any], out: Path) -> int:
+    """Write error.json, error.md and error.png, and print the text; the exit code."""
     from bench.error_plot import draw
 
     return records.leave(content, out, "error", report, draw)

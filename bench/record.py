@@ -118,35 +118,38 @@ class Writing:
     """Writes results that are worth more than the place for them: what fails is told at the end, and stops nothing."""
 
     def __init__(self) -> None:
-        self.fault = ""
+        self.faults: dict[Path, str] = {}
 
     @contextmanager
     def attempt(self, path: Path) -> Iterator[None]:
         """A block that writes a file, or does not."""
         try:
             yield
+            self.faults.pop(path, None)  # a later attempt may have room
         except OSError as error:
-            self.fault = self.fault or f"cannot write {path}: {error.strerror or error}"
+            self.faults[path] = f"cannot write {path}: {error.strerror or error}"
 
     def status(self) -> int:
         """The exit code; the first fault is told in one line."""
-        if not self.fault:
+        if not self.faults:
             return 0
-        print(f"{self.fault}; the results are printed alone", file=sys.stderr)
+        print(f"{next(iter(self.faults.values()))}; the results are printed alone", file=sys.stderr)
         return UNWRITTEN
 
 
-def leave(content: dict[str, Any], out: Path, stem: str, report: Callable[..., str], draw: Callable[..., Path]) -> str:
-    """Writes a suite's STEM.json, whole or not at all, STEM.md and STEM.png; returns report(content)."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
-    text = report(content)
-    (out / f"{stem}.md").write_text(text)
-    draw(content, out / f"{stem}.png")
-    return text
+def leave(content: dict[str, Any], out: Path, stem: str, report: Callable[..., str], draw: Callable[..., Path]) -> int:
+    """Prints report(content), and writes a suite's STEM.json, STEM.md and STEM.png; the exit code."""
+    text, writing = report(content), Writing()
+    with writing.attempt(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / f"{stem}.json", json.dumps(content, indent=1) + "\n")
+        (out / f"{stem}.md").write_text(text, encoding="utf-8")
+        draw(content, out / f"{stem}.png")
+    print(text)
+    return writing.status()
 
 
-def again(about: str, write: Callable[[dict[str, Any], Path], str]) -> None:
+def again(about: str, write: Callable[[dict[str, Any], Path], int]) -> None:
     """Command line of a suite's report: writes and draws again what a run measured."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("path", type=Path, help="the suite's JSON in bench/results/<machine>")

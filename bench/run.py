@@ -55,6 +55,10 @@ LONGER_LIMIT = 1200.0  # of the suites that nobody waits for
 MEMORY_SHARE = 0.3  # of the time limit, so that a busy machine still times something
 FEATURE_SUITES = ("features", "long")  # each with files of its own, few peers, and patience for all of them
 SPEED, DECODE = "speed", "decode"
+SUITES = (
+    "auto", "cpu", "sweep", "models", "all", "quick", "features", "long", SPEED, DECODE, "overhead", "scale", "error",
+    "cold",
+)  # fmt: skip
 OWN_FILES = (*FEATURE_SUITES, SPEED, DECODE)
 SPEED_LIMIT, SPEED_PATIENCE = 500.0, 60.0  # of a call that may take ten minutes; of one peer's job, compiling included
 
@@ -142,8 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=shown)
     option = parser.add_argument
-    suites = "auto, cpu, sweep, models, all, quick, features, long, speed, decode, overhead, scale, error or cold"
-    option("--suite", default="auto", help=suites)
+    option("--suite", default="auto", choices=SUITES, help="what is measured (default: cpu or sweep, by the device)")
     option("--quick", action="store_true", help="seconds instead of minutes: the quick suite, few samples")
     option("--cases", nargs="*", default=[], metavar="TEXT", help="only cases whose name contains one of these")
     option("--peers", nargs="*", default=[], choices=list(PEERS), help="only these (default: all that suit)")

@@ -64,7 +64,7 @@ def prepare(cache: Cache) -> tuple[Cache, Extent, int]:
         **{name: entries(getattr(cache, name)) for name in ("seqlens", "slots", "leftpad")},
         **{name: factors(getattr(cache, name)) for name in ("k_scale", "v_scale")},
     )
-    apart = 0 if cache.table is None else cache.table.stride(0)
+    apart = 0 if cache.table is None or len(cache.table) < 2 else cache.table.stride(0)
     extent = Extent(slots, cache.k.shape[0], min(positions * lists, FARTHEST.value), apart)
     return views, extent, 0 if cache.table is None else positions
 

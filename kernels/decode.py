@@ -100,6 +100,7 @@ def decode_kernel(
     walk: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     PAGE: tl.constexpr = walk.page
+    TURN: tl.constexpr = walk.turn  # Triton 3.6 passes no tuple out of a constant one
     ACC: tl.constexpr = lse.dtype.element_ty
     TYPE: tl.constexpr = q.ptr.dtype.element_ty
     PRECISE: tl.constexpr = TYPE.primitive_bitwidth >= 32
@@ -129,7 +130,7 @@ def decode_kernel(
     inside = rows.i < seqlen_q
     at_q = tile.origin(q, b, rows.h) + rows.i.to(tl.int64) * q.stride_s
     p_q = rows.i + offset - own.leftpad
-    q_tile = turned(at_q, q.stride_d, p_q, inside, angles, walk.turn, shape.head_dim, shape.block_d)
+    q_tile = turned(at_q, q.stride_d, p_q, inside, angles, TURN, shape.head_dim, shape.block_d)
     if caches.k_scale is not None:
         scale = scale * cached.factor(caches.k_scale, b, h_k, tl.float64)
     natural, unit = score.units(scale, spec, ACC)

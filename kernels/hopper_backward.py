@@ -41,13 +41,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import band, hopper_forward, score, softmax, tile
 from .backward import delta_kernel, of_sinks
-from .hopper_forward import descriptor, tile_of, unaddressed
+from .hopper_forward import descriptor, tile_of, tma_load, tma_store, unaddressed
 from .launch import coded, launch, prepare, shape_of, sizes_of, view
 from .spec import Config, Configs, Gradients, Mods, Positions, Site, Spec, View, check_limits
-
-# Triton 3.8 renamed both copies, and 3.9 has the new names alone.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 ROWS = gl.constexpr(64)  # keys of a consumer, and queries of a step: the M of a wgmma
 CONSUMERS = gl.constexpr(2)
@@ -82,7 +78,9 @@ class Given(NamedTuple):
     """What changes from call to call."""
 
     sums: Any  # pointer to where dq is added up, or None
-    scale: Any  # float32
+    scale: Any  # float32, and those of `score.units`, multiplied in 64 bits before they are
+    natural: Any
+    unit: Any
 
 
 class Static(NamedTuple):
@@ -307,7 +305,6 @@ def backward_kernel(
     col, h_k, b, _, _, _ = tile.place(mods, sizes, sizes.heads // GROUP, True, BLOCK_N)
     offset = tile.first_position(mods, sizes, b)
     run = band.of_queries(col, b, h_k, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
-    natural, unit = score.units(given.scale, spec, gl.float32)
     dq = None
     if given.sums is not None:
         numbers = tl.cdiv(sizes.seqlen_q, BLOCK_M).to(gl.int64) * (BLOCK_M * D)
@@ -343,7 +340,7 @@ def backward_kernel(
     mbarrier.init(bars.dx_empty, count=CONSUMERS)
 
     walk = Walk(b, h_k, col, offset, run, dq)
-    units = (given.scale, natural, unit)
+    units = (given.scale, given.natural, given.unit)
     # What is known when compiling stays out of tuples that have a name: those hold tensors.
     gl.warp_specialize(
         [
@@ -489,7 +486,9 @@ def backward(
         sums = torch.zeros(numbers, dtype=torch.float32, device=q.device)
     tiles = (descriptor(x, ROWS.value, columns) for x in (q, k, v, do))
     gradients = (descriptor(x, ROWS.value, columns) for x in (dk, dv))
-    rest = (Given(sums, scale), operands, coded(sizes), Static(spec, shape, config.num_stages))
+    natural = scale if spec.raw else 1.0
+    given = Given(sums, scale, natural, natural * score.LOG2E.value)
+    rest = (given, operands, coded(sizes), Static(spec, shape, config.num_stages))
     programs = triton.cdiv(k.shape[2], config.block_n) * k.shape[1] * k.shape[0]
     args = (*tiles, statistics(lse), statistics(delta), *gradients, *rest)
     launch(backward_kernel, programs, q.device, config, *args, **options)

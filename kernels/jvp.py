@@ -37,8 +37,9 @@ def jvp_kernel(
     natural, unit = score.units(scale, spec, ACC)
 
     q_tile = tile.load(q, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
-    if tangents.q is not None:
-        tq_tile = tile.load(tangents.q, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
+    tq, tk, tv, to = tangents.q, tangents.k, tangents.v, tangents.o  # Triton 3.6 loses a stride of them behind a loop
+    if tq is not None:
+        tq_tile = tile.load(tq, b, h, q0 + row, row_end, shape.head_dim, BLOCK_M, D, True)
     lse_row = softmax.closed(tile.load_rows(lse, b, h, q0 + row, row_end, float("inf"), BLOCK_M, True))
     run = band.of_keys(row, b, h, offset, mods, sizes, spec, BLOCK_M, BLOCK_N)
     end = k0 + run[3]
@@ -52,10 +53,10 @@ def jvp_kernel(
             k_tile = tile.load(k, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
             qk = tl.dot(q_tile, k_tile.T, input_precision=spec.precision, out_dtype=ACC)
             tqk = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-            if tangents.q is not None:
+            if tq is not None:
                 tqk = tl.dot(tq_tile, k_tile.T, tqk, input_precision=spec.precision, out_dtype=ACC)
-            if tangents.k is not None:
-                tk_tile = tile.load(tangents.k, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
+            if tk is not None:
+                tk_tile = tile.load(tk, b, h_k, k0 + col, end, shape.head_dim, BLOCK_N, D, PARTIAL)
                 tqk = tl.dot(q_tile, tk_tile.T, tqk, input_precision=spec.precision, out_dtype=ACC)
             s = score.score(qk, at, mods, sizes, scale, spec)
             p = softmax.probability(s, lse_row[:, None], natural, unit, PRECISE)
@@ -68,8 +69,8 @@ def jvp_kernel(
             v_tile = tile.load(v, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
             values = tile.finite(v_tile) if PARTIAL else v_tile
             turned = weights * ts
-            if tangents.v is not None:
-                tv_tile = tile.load(tangents.v, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
+            if tv is not None:
+                tv_tile = tile.load(tv, b, h_k, k0 + col, end, shape.head_dim_v, BLOCK_N, DV, PARTIAL)
                 if PARTIAL:
                     odd = tl.sum((tv_tile - tv_tile).to(ACC), 1)  # NaN where tv_j is not finite, else 0
                     turned = tl.where(keep, turned + odd[None, :], 0.0)
@@ -83,9 +84,7 @@ def jvp_kernel(
         weight = softmax.probability(tl.zeros([BLOCK_M], ACC) + sink, lse_row, 1.0, score.LOG2E, True)
         mean += weight * tl.load(tile.origin(mods.sinks_tangent, b, h)).to(ACC)
     o_tile = tile.load(o, b, h, q0 + row, row_end, shape.head_dim_v, BLOCK_M, DV, True).to(ACC)
-    tile.store(
-        tangents.o, tile.spoiled(acc - o_tile * mean[:, None], mods, b), b, h, q0 + row, row_end, shape.head_dim_v
-    )
+    tile.store(to, tile.spoiled(acc - o_tile * mean[:, None], mods, b), b, h, q0 + row, row_end, shape.head_dim_v)
     tile.store_rows(tlse, tile.spoiled(mean, mods, b), b, h, q0 + row, row_end)
 
 

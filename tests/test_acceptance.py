@@ -108,7 +108,6 @@ def test_every_run_has_its_pictures() -> None:
             assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.mark.xfail(not (ROOT / "docs" / "numbers.md").is_file(), reason="docs/numbers.md", strict=True)
 def test_every_picture_and_file_that_the_readme_names_is_there() -> None:
     text = (ROOT / "README.md").read_text()
     named = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text) + re.findall(r'src="((?!https?:)[^"]+)"', text)

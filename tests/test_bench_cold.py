@@ -108,12 +108,15 @@ def number(median: float) -> dict[str, float]:
     return {"median": median, "p20": median, "p80": median, "samples": 3}
 
 
-def test_the_report_names_machine_versions_and_where_ours_is_slower(tmp_path: Path) -> None:
+def test_the_report_names_machine_versions_and_where_ours_is_slower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours = {step: number(10.0) for step in cold_report.steps() if FILLED not in step}
     theirs = {"import torch": number(9.0), "forward, first": number(20.0), "forward, second": number(5.0)}
     content = cold.measured(CPU, TINY, processes=0, peers=())
     content["milliseconds"] |= {OURS: ours, SDPA: theirs}
-    text = cold_report.write(content, tmp_path)
+    assert cold_report.write(content, tmp_path) == 0
+    text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text and "seed 0" in text
     assert "this library's imports add 20 ms to that of torch" in text
     assert "- forward, second: 2.00x the time of sdpa" in text and "first: " not in text.split("slower")[1]

@@ -142,9 +142,12 @@ def test_kernels_are_among_the_peers() -> None:
     assert set(error.LSE) <= set(PEERS)
 
 
-def test_the_report_names_machine_versions_seeds_and_what_did_not_run(tmp_path: Path) -> None:
+def test_the_report_names_machine_versions_seeds_and_what_did_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = measured(STANDARD, OURS, "sdpa-cudnn", dtypes=("float32", "bfloat16"))
-    text = error_report.write(content, tmp_path)
+    assert error_report.write(content, tmp_path) == 0
+    text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text and "seeds 0 to 2" in text and "no GPU was used" in text
     assert "sdpa-cudnn: absent: PyTorch has this backend for CUDA only" in text
     assert json.loads((tmp_path / "error.json").read_text()) == content
@@ -159,3 +162,13 @@ def test_the_suite_runs_from_the_command_line(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "error.json").read_text())
     assert {row["peer"] for row in content["rows"]} == set(PEERS) - {SDPA}
     assert done.stdout.strip() == (tmp_path / "error.md").read_text().strip()
+
+
+def test_results_that_cannot_be_written_are_printed_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    content = measured(STANDARD, OURS)
+    assert error_report.write(content, tmp_path / "file" / "out") == 5
+    out, err = capsys.readouterr()
+    assert "Cells: median rms of the error" in out and err.count("\n") == 1 and "cannot write" in err

@@ -227,15 +227,6 @@ def test_a_wrong_command_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
                 check(line.split(), monkeypatch)
 
 
-NUMBERS = ROOT / "docs" / "numbers.md"
-not_there_yet = pytest.mark.xfail(not NUMBERS.is_file(), reason="docs/numbers.md", strict=True)
-
-
-def linking() -> list[Any]:
-    """Pages, those marked that link to the page that is not there yet."""
-    return [pytest.param(page, marks=not_there_yet if NUMBERS.name in text_of(page) else ()) for page in PAGES]
-
-
 def prose_of(page: Path) -> str:
     """A page without its fenced blocks."""
     return FENCE.sub("", text_of(page))
@@ -247,7 +238,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", linking(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
     for link in links:

@@ -26,7 +26,8 @@ def call(seqlen_q, seqlen_k, position, scale=0.125, **mods):
 
 
 counts, signature = call(128, 128, 0)
-more = [call(*lengths)[0] for lengths in ((64, 256, 192), (128, 112, -16), (128, 128, 1), (37, 51, 14))]
+lengths = (64, 256, 192), (128, 112, -16), (128, 128, 1), (37, 51, 14), (38, 37, -1), (1, 1, 0)
+more = [call(*each)[0] for each in lengths]
 scaled, _ = call(128, 128, 0, scale=0.3)
 offset, _ = call(128, 128, 0, q_offset=torch.zeros(2, dtype=torch.int64))
 found = {"counts": counts, "more": more, "scaled": scaled, "offset": offset}
@@ -79,7 +80,7 @@ def found() -> Any:
 
 def test_a_new_length_offset_or_scale_compiles_nothing(found: Any) -> None:
     assert found["counts"] == [1, 1, 1, 1]
-    assert found["more"] == [[1, 1, 1, 1]] * 4
+    assert found["more"] == [[1, 1, 1, 1]] * 6
     assert found["scaled"] == [1, 1, 1, 1]
 
 
@@ -89,7 +90,7 @@ def test_an_offset_read_on_the_device_is_another_kernel(found: Any) -> None:
 
 def test_the_scale_arrives_in_64_bits_and_lengths_unspecialised(found: Any) -> None:
     assert found["scale"] == "fp64"
-    assert found["sizes"] == ["i32"] * 7
+    assert found["sizes"] == ["i64"] * 7  # which no length changes: `launch.coded`
     assert found["q"][-1] == "constexpr"  # a last stride of 1 is known, so that loads are wide
 
 
