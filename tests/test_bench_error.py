@@ -171,4 +171,4 @@ def test_results_that_cannot_be_written_are_printed_all_the_same(
     content = measured(STANDARD, OURS)
     assert error_report.write(content, tmp_path / "file" / "out") == 5
     out, err = capsys.readouterr()
-    assert "Cells: median rms of the error" in out and err.count("\n") == 1 and "cannot write" in err
+    assert "Cells: median rms of the error" in out and err.splitlines()[-1].startswith("cannot write")
