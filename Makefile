@@ -34,6 +34,8 @@ SANITIZED = \
 	tests/test_hopper_forward.py::test_groups_of_query_heads_share_a_key_head \
 	tests/test_hopper_backward.py::test_rows_without_keys_have_no_gradient \
 	tests/test_hopper_backward.py::test_a_key_head_gathers_the_gradients_of_its_group
+# What tests the launchers, not interpreted.
+HOSTS = $(wildcard tests/test_dispatch*.py tests/test_hopper_*.py tests/test_launch.py tests/test_plans.py tests/test_replays.py)
 OLDER_NUMPY = 3.6.0 # Triton's interpreter there fails with NumPy 2.4
 COMPAT = 3.6.0 3.9.0
 HOPPER_COMPAT = 3.6.0 # what the Gluon kernels are compiled with besides the pinned Triton
@@ -88,6 +90,8 @@ mutants: $(READY) ## the tests are tested: small changes to the kernels, each of
 coverage: $(READY) ## every line of every kernel is reached by the interpreted tests
 	rm -f .coverage .coverage.*
 	TRITON_INTERPRET=1 $(PY) -m coverage run $(PYTEST) -m "interpret and not gpu and not slow"
+	TRITON_INTERPRET=1 $(PY) -m coverage run $(PYTEST) -m "not interpret and not aot and not gpu and not slow" $(HOSTS)
+	$(PY) -m coverage run $(PYTEST) -m "aot and not slow" $(HOSTS)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --include="kernels/*" --show-missing --fail-under=100 > tests/coverage.txt || { cat tests/coverage.txt; exit 1; }
 	@cat tests/coverage.txt

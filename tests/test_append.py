@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from flash.kernels.append import append
+from flash.kernels.cache import prepare
 from flash.kernels.float8 import decoded, encoded
 from flash.kernels.spec import Cache, Rotary
 from flash.reference_cache import decode
@@ -230,6 +231,19 @@ def test_addresses_pass_32_bits(place: Place, device: torch.device) -> None:
     append(place(k), place(k), Cache(cache, cache.clone(), place(lengths(7)), place(lengths(2)[None])), None)
     assert torch.equal(cache[2, 0, 7].cpu().float(), k[0, 0, 0].to(FLOAT8).float())
     assert bool((cache[:2].float() == 1.0).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_table_whose_rows_lie_far_apart_is_read_all_the_same(rows: int, place: Place, device: torch.device) -> None:
+    """8 GiB and more from one row of the table to the next, of which a page is touched."""
+    table = torch.empty_strided((rows, 2), (2**31, 1), dtype=torch.int32, device=device)
+    table.copy_(torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)[:rows])
+    views, extent, page = prepare(
+        Cache(*2 * [place(numbers(4, 1, 4, 16, dtype=torch.float16))], lengths(*rows * [3]), table)
+    )
+    assert all(-(2**31) <= number < 2**31 for number in extent) and page == 4
+    read = views.table.ptr.as_strided((rows, 2), (extent.apart, views.table.stride_s))
+    assert torch.equal(read.cpu(), table.cpu())
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 There is no such GPU here: `hopper` pretends, and what the kernels return is never looked at.
 """
 
+import runpy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ import flash
 from flash import dispatch
 from flash.autograd import attend
 from flash.autotune import tables
-from flash.kernels.spec import Config, Gradients
+from flash.kernels.spec import Config, Gradients, Mods, Spec
 from flash.problem import Problem
 
 GPU = torch.device("cuda", 0)
@@ -226,3 +228,19 @@ def test_a_call_by_name_runs_both_kernels_and_gets_the_oracle_s_numbers(
     x = random_inputs(lambda t: t, seqlen_q=70, head_dim=64, dtype=torch.float16, causal=causal)
     check(features.run(x, "hopper", None), x)
     assert ran == [hopper_forward.__name__, hopper_backward.__name__]
+
+
+def test_rows_beyond_what_tma_counts_are_named() -> None:
+    from flash.kernels.hopper_backward import unserved
+
+    q = torch.empty(2**15, 2**8, 2**8, 64, dtype=torch.bfloat16, device="meta")
+    every = Gradients(True, True, True)
+    assert unserved(q, q, q, Mods(), Spec(), every, False) == f"{2**31} rows, where TMA counts to 2^31"
+    assert unserved(q[1:], q[1:], q[1:], Mods(), Spec(), every, False) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # which is where it should be
+def test_a_triton_without_gluon_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    with pytest.raises(ImportError, match="the Hopper kernels are written in Gluon, which Triton .* lacks"):
+        runpy.run_module("flash.kernels.hopper_forward")

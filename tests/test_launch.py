@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from tests.drivers import printed
 
@@ -97,3 +98,18 @@ def test_the_scale_arrives_in_64_bits_and_lengths_unspecialised(found: Any) -> N
 @pytest.mark.slow
 def test_every_operand_has_its_place_in_a_launch() -> None:
     assert printed(EVERYTHING)
+
+
+def test_a_launch_is_made_again_only_where_all_of_its_tensors_are_known() -> None:
+    from flash.kernels.launch import Launched, Slot
+
+    x, y, own = (torch.zeros(4) for _ in range(3))
+    device = torch.device("cpu")
+    made = Launched("compiled", "kernel", 3, device, ((x, 1), y, 16))
+    known = made.without([x, y])
+    assert known is not None and known.args == ((Slot(0), 1), Slot(1), 16)
+    assert made.without([x, x[:2]]) is None  # which of them a launch was given could not be told
+    assert made._replace(args=(own,)).without([x, y]) is None  # a tensor that the call made
+    assert made._replace(compiled=None).without([x, y]) is None  # interpreted: there is nothing to launch
+    none = made._replace(compiled=None, programs=0).without([x, y])
+    assert none is not None and none.again([x, y])  # of no program there is nothing to do
