@@ -36,7 +36,7 @@ def test_suites_of_their_own_print_what_they_cannot_write(
     (tmp_path / "file").touch()
     monkeypatch.setattr(overhead, "pretend", lambda: None)
     monkeypatch.setattr(overhead, "rows", lambda device: {})
-    monkeypatch.setattr(overhead, "microseconds", lambda rows: {"scaled_dot_product_attention": 1.5})
+    monkeypatch.setattr(overhead, "rounds_of", lambda rows: {"scaled_dot_product_attention": [1.5, 1.6]})
     monkeypatch.setattr(scale_suite, "measured", lambda *settings, **options: invented())
     for suite, words in (("overhead", "scaled_dot_product_attention"), ("scale", "What is simulated")):
         assert run.main(["--suite", suite, "--out", str(tmp_path / "file" / "out")]) == 5
