@@ -5,6 +5,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from flash import flash_attention
+from tests.test_layout import tree
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("flash", "kernels", "autotune", "bench", "examples", "tests")
@@ -36,10 +38,9 @@ def files(*folders: str) -> list[Path]:
     return found
 
 
-def functions(path: Path) -> Iterator[Function]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, Function):
-            yield node
+@cache
+def functions(path: Path) -> tuple[Function, ...]:
+    return tuple(node for node in ast.walk(tree(path)) if isinstance(node, Function))
 
 
 def arguments(function: Function) -> list[str]:
@@ -53,7 +54,7 @@ def arguments(function: Function) -> list[str]:
 def named(path: Path, name: str) -> list[Function]:
     """The functions of a file by a name, "Class.name" of a method."""
     owner, _, own = name.rpartition(".")
-    body: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    body: list[ast.AST] = [tree(path)]
     if owner:
         body = [node for node in ast.walk(body[0]) if isinstance(node, ast.ClassDef) and node.name == owner]
     return [node for part in body for node in ast.walk(part) if isinstance(node, Function) and node.name == own]
