@@ -7,8 +7,8 @@ that it gives compiles and fits, and tests say which spill.
 
 from flash.kernels.spec import Config
 
-from .form import HEAD_DIMS, ITEMSIZE
-from .tables import Choice, KiB, shared_limit
+from .form import ITEMSIZE
+from .tables import Choice, KiB, head_bucket, shared_limit
 
 HELD = {2: 8192, 4: 4096, 8: 2048}  # elements of a tile of keys, by their size once converted
 IN_FLIGHT = 64 * KiB  # of keys and values, for one program
@@ -33,7 +33,7 @@ def for_decode(target: str, dtype: str, head_dim: int, rows: int, cache_itemsize
     """
     if target == "interpreter":
         return Choice(Config(16, 32 if head_dim <= 128 else 16, 4, 1), "small tiles for the interpreter")
-    width, itemsize = next(d for d in HEAD_DIMS if d >= head_dim), ITEMSIZE[dtype]
+    width, itemsize = head_bucket(head_dim), ITEMSIZE[dtype]
     held = HELD[itemsize]
     block_m = next(m for m in (16, 32, 64) if m >= min(rows, 64, max(16, held // width)))
     # what is converted, or has a row for each lane to find, takes registers, and so do rows

@@ -239,8 +239,10 @@ def remembered(journal: Journal, key: str, need: offline.Need) -> dict[Config, o
     """The survivors of a row that a journal has; None where it has none, or what no sweep writes."""
     try:
         found = {Config(*config): offline.Figures(*figures) for config, figures in journal[key]}
-        for config in found:
+        for config, figures in found.items():
             check_limits(need.kernel, config)
+            if not all(type(count) is int and 0 <= count < 2**31 for count in figures[:2]):
+                return None
     except (KeyError, TypeError, ValueError):
         return None
     return found

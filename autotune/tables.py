@@ -22,7 +22,8 @@ from .owned import check_folder, read
 
 __all__ = [
     "HEAD_DIMS", "HOPPER", "ITEMSIZE", "KERNELS", "SEQLENS", "Choice", "Row", "Table", "dump",
-    "for_tangents", "heuristic", "is_faster", "kernel_hash", "length_bucket", "load", "lookup", "narrowed", "parse",
+    "by_formula", "for_tangents", "head_bucket", "heuristic", "is_faster", "kernel_hash", "length_bucket", "load",
+    "lookup", "narrowed", "parse",
     "registers_bound", "shared_limit", "shipped_table", "table_name", "timed", "too_wide", "triton_version",
     "user_folder", "user_table", "user_table_name",
 ]  # fmt: skip
@@ -95,7 +96,7 @@ def lookup(
         raise ValueError(f"dtype must be one of {tuple(ITEMSIZE)}, got {dtype!r}")
     if not 1 <= head_dim <= HEAD_DIMS[-1]:
         raise ValueError(f"head_dim must be 1 to {HEAD_DIMS[-1]}, got {head_dim}")
-    bucket = next(d for d in HEAD_DIMS if d >= head_dim)
+    bucket = head_bucket(head_dim)
     return _choose(target, (kernel, dtype, bucket, head_dim % 16 != 0, bool(causal)), length_bucket(seqlen), gpu)
 
 
@@ -161,10 +162,16 @@ def _choose(target: str, call: Call, seqlen: int, gpu: str | None) -> Choice:
         if row is not None and 0 < row.shared <= shared_limit(target):
             fits = f"its {shared_limit(target) // KiB} KiB of shared memory"
             return Choice(row.config, f"no table for {target}; the row of {near}, {_origin(table, row)}, fits {fits}")
-    reason = f"no row for {kernel}, {dtype}, head_dim {head_dim} on {target}: formula of what fits it"
+    found = by_formula(target, kernel, dtype, head_dim)
+    return found._replace(reason=f"no row for {kernel}, {dtype}, head_dim {head_dim} on {target}: {found.reason}")
+
+
+def by_formula(target: str, kernel: str, dtype: str, head_dim: int) -> Choice:
+    """The Choice without any table; head_dim is the larger of a call's head_dim and head_dim_v."""
+    reason = "formula of what fits it"
     if target.startswith("hip:") and dtype == "float64":
         reason += "; Triton before 3.9 cannot compile float64 for AMD"
-    return Choice(heuristic(target, kernel, dtype, head_dim), reason)
+    return Choice(heuristic(target, kernel, dtype, head_bucket(head_dim)), reason)
 
 
 def narrowed(choice: Choice, kernel: str) -> Choice:
@@ -205,7 +212,7 @@ def for_tangents(choice: Choice, target: str, dtype: str, head_dim: int) -> Choi
         The Choice; each of its tiles divides dq's.
     """
     config, itemsize = choice.config, ITEMSIZE[dtype]
-    row = next(d for d in HEAD_DIMS if d >= head_dim) * itemsize * (2 if head_dim % 16 else 1)
+    row = head_bucket(head_dim) * itemsize * (2 if head_dim % 16 else 1)
     block_m, num_warps = config.block_m, config.num_warps
     block_n = min(config.block_n, 32 if itemsize == 2 and head_dim % 16 == 0 else 16)
     if target.startswith("cuda:"):
@@ -234,11 +241,16 @@ def too_wide(target: str, dtype: str, head_dim: int) -> str | None:
     Returns:
         The reason in words, or None.
     """
-    bucket = next(d for d in HEAD_DIMS if d >= head_dim)
+    bucket = head_bucket(head_dim)
     needed, limit = SMALLEST.get((dtype, bucket), 0), shared_limit(target)
     if needed <= limit or not target.startswith("cuda:"):
         return None
     return f"its smallest tiles take {needed // KiB} KiB of shared memory, {target} has {limit // KiB}"
+
+
+def head_bucket(head_dim: int) -> int:
+    """The head dimension, of those that tables tell apart, that holds a call's larger one, 1 to 512."""
+    return next(d for d in HEAD_DIMS if d >= head_dim)
 
 
 def length_bucket(seqlen: int) -> int:

@@ -229,9 +229,7 @@ def tuned(problem: Problem, kernel: str, formula: bool = False) -> tables.Choice
         return tables.Choice(given, "given by the caller")
     target, dtype, head_dim, seqlen, causal, gpu = table_key(problem)
     if formula:
-        bucket = next(d for d in tables.HEAD_DIMS if d >= head_dim)
-        config = tables.heuristic(target, kernel, dtype, bucket)
-        found = tables.Choice(config, "formula, as what the table says does not fit")
+        found = tables.by_formula(target, kernel, dtype, head_dim)
     else:
         found = tables.lookup(target, kernel, dtype, head_dim, seqlen, causal, gpu)
     if problem.spec.hides or problem.spec.blocks is not None or problem.spec.dropout_p > 0:
@@ -340,8 +338,10 @@ def backward(
     return backward(p, do, dlse, o, lse, needs, formula=True)
 
 
-def jvp(problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of o and lse of a Problem from the backend that serves it."""
+def jvp(
+    problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tensor, formula: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of o and lse of a Problem from the backend that serves it; tiles as in `forward`."""
     p = problem
     call = (tangents, p.q, p.k, p.v, o, lse, p.mods, p.spec, p.scale, p.positions)
     if p.backend == "hopper":
@@ -353,13 +353,17 @@ def jvp(problem: Problem, tangents: Gradients, o: torch.Tensor, lse: torch.Tenso
         p.mods.score_mod.require("derivative")
     from .kernels import jvp as kernels
 
-    return kernels.jvp(*call, tuned_for_tangents(p).config)
+    try:
+        return kernels.jvp(*call, tuned_for_tangents(p, formula).config)
+    except Unfit as error:
+        replace(p, error, formula)
+    return jvp(p, tangents, o, lse, formula=True)
 
 
-def tuned_for_tangents(problem: Problem) -> tables.Choice:
+def tuned_for_tangents(problem: Problem, formula: bool = False) -> tables.Choice:
     """The Config of the kernel of forward mode, made of dq's."""
     target, dtype, head_dim, *_ = table_key(problem)
-    return tables.for_tangents(tuned(problem, "dq"), target, dtype, head_dim)
+    return tables.for_tangents(tuned(problem, "dq", formula), target, dtype, head_dim)
 
 
 def kernels_of(backend: str, behind: str) -> tuple[str, ...]:

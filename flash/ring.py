@@ -14,15 +14,13 @@ from .blocks import blocks_of, sizes_of
 from .checks import check_block_mask, check_flag, name_of
 from .kernels.spec import Blocks
 from .links import Links, agree
-from .problem import autocast
+from .problem import PACKING, autocast
 from .ring_call import KEYWORDS, Call, Setting, call_of, flatten
 from .ring_ops import METHODS, attend, choose, met
 from .shards import SHARDINGS, check_lengths, lengths_of, pieces_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 __all__ = ["info", "ring_attention", "shard", "unshard"]
 
@@ -162,9 +160,9 @@ def taken(q: Any, k: Any, v: Any, setting: Setting, keywords: dict[str, Any]) ->
             raise TypeError(f"ring_attention has no keyword {name!r}")
     q, k, v = autocast(q, k, v)
     cu_seqlens_q, cu_seqlens_k = (keywords.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k"))
-    packed = any(keywords.get(name) is not None for name in PACKED)
-    if packed and any(keywords.get(name) is None for name in PACKED):
-        raise ValueError(f"{', '.join(PACKED)} must be given together, got {sorted(keywords.keys() & set(PACKED))}")
+    packed = any(keywords.get(name) is not None for name in PACKING)
+    if packed and any(keywords.get(name) is None for name in PACKING):
+        raise ValueError(f"{', '.join(PACKING)} must be given together, got {sorted(keywords.keys() & set(PACKING))}")
     rank, ranks = q.dim(), ((2, 3) if packed else (3, 4))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() not in ranks or x.dim() != rank:

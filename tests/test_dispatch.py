@@ -243,7 +243,7 @@ def test_python_m_flash_prints_it() -> None:
 def test_tiles_of_a_table_that_do_not_fit_make_one_warning_and_no_wrong_result(
     causal: bool, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flash.kernels import backward, forward
+    from flash.kernels import backward, forward, jvp
 
     huge = Config(256, 256, 16, 8)
     monkeypatch.setattr(tables, "lookup", lambda *call: tables.Choice(huge, "a table"))
@@ -251,12 +251,12 @@ def test_tiles_of_a_table_that_do_not_fit_make_one_warning_and_no_wrong_result(
     stock = forward.launch
 
     def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **options: Any) -> Any:
-        if config == huge:
+        if config == huge or kernel.__name__ == "jvp_kernel" not in refused:
             refused.append(kernel.__name__)
             raise Unfit(f"config must fit {device}, got {config}")
         return stock(kernel, programs, device, config, *args, **options)
 
-    for module in (forward, backward):
+    for module in (forward, backward, jvp):
         monkeypatch.setattr(module, "launch", launch)
 
     def attend(*tensors: torch.Tensor, **options: Any) -> Any:
@@ -266,8 +266,13 @@ def test_tiles_of_a_table_that_do_not_fit_make_one_warning_and_no_wrong_result(
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         check(differentiate(attend, x), x)
+        tangent = torch.randn_like(x.q)
+        _, got = torch.func.jvp(lambda q: attend(q, x.k, x.v, causal=causal)[0], (x.q,), (tangent,))
+        _, want = torch.func.jvp(lambda q: flash_attention(q, x.k, x.v, causal=causal), (x.q,), (tangent,))
+    torch.testing.assert_close(got, want)
     told = [str(each.message) for each in seen if "formula" in str(each.message)]
-    assert len(told) == 2 and all("in place of the table's" in words for words in told)  # forward and backward
-    assert refused == ["forward_kernel", "delta_kernel"]
+    # forward, backward, and the forward of forward mode with its tangents
+    assert refused == ["forward_kernel", "delta_kernel", "forward_kernel", "jvp_kernel"]
+    assert len(told) == len(refused) and all("in place of the table's" in words for words in told)
     with pytest.raises(Unfit, match="config must fit"):  # what the caller asks for is not replaced
         attend(x.q, x.k, x.v, config=huge)

@@ -139,3 +139,15 @@ def test_a_journal_that_has_no_room_is_told_once_and_goes_on_when_there_is(
     monkeypatch.setattr(os, "write", stock)
     made.write("d", 4)
     assert Journal(path).entries == {"a": 1, "d": 4}
+
+
+@pytest.mark.parametrize("figures", [["a", "b", "c"], [0, -1, ""], [0, True, ""], [0, 2**31, ""], [0.0, 1, ""]])
+def test_figures_that_no_compiler_gave_are_found_again(tmp_path: Path, figures: list[Any]) -> None:
+    from flash.autotune.offline import Need
+
+    need = Need("forward", "bfloat16", 64, False, None)
+    journal = Journal(tmp_path / "journal")
+    journal.write("right", [[[64, 32, 4, 2, False], [0, 1024, ""]]])
+    journal.write("wrong", [[[64, 32, 4, 2, False], figures]])
+    assert sweep.remembered(journal, "right", need)
+    assert sweep.remembered(journal, "wrong", need) is None
