@@ -228,7 +228,7 @@ def write(out: Path, machine: dict[str, Any], found: dict[str, list[float]], tex
     records.write_whole(out / "overhead.json", json.dumps(content, indent=1) + "\n")
     about = f"# What a call costs before its kernel runs: {records.title(machine)}, torch {torch.__version__}"
     note = (__doc__ or "").split("\n\n")[-1].strip()
-    (out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n")
+    (out / "overhead.md").write_text(f"{about}\n\n{note}\n\n```\n{text}\n```\n", encoding="utf-8")
 
 
 def table(found: dict[str, list[float]]) -> str:

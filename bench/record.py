@@ -106,7 +106,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file whole, or leaves the old one as it was."""
     partial = path.with_suffix(".partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError:
         with suppress(OSError):
@@ -171,7 +171,7 @@ def redraw(
     record = load(path)
     finish(record)
     record.save(path)
-    path.with_suffix(".md").write_text(report(record))
+    path.with_suffix(".md").write_text(report(record), encoding="utf-8")
     print(*draw(record, path.parent, path.stem), sep="\n")
 
 

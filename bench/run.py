@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = {SPEED: race, DECODE: decode_report}.get(name, report).report(record)
     pictures: Sequence[Path] = ()
     with writing.attempt(out / page):
-        (out / page).write_text(text)
+        (out / page).write_text(text, encoding="utf-8")
     with writing.attempt(out):
         drawing = {SPEED: race_plot, DECODE: decode_plot}.get(name)
         pictures = drawing.draw(record, out, stem) if drawing else plot.draw(record, out)

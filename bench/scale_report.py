@@ -364,7 +364,7 @@ def write(content: dict[str, Any], out: Path) -> str:
     """Write scale.json and scale.md, and return the text."""
     text = told(content)
     write_whole(out / "scale.json", json.dumps(content, indent=1) + "\n")
-    (out / "scale.md").write_text(text)
+    (out / "scale.md").write_text(text, encoding="utf-8")
     return text
 
 
