@@ -39,9 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not (_asks_for(config, "aot") or _asks_for(config, "gpu")):
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if _interpreted():
-        from tests.interpreter import memory, repair
+        from tests.interpreter import haste, memory, repair
 
         repair.install()
+        haste.install()
         memory.install()
     torch.set_num_threads(1)  # xdist brings the processes
     if config.getoption("order") is None:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+import triton.runtime.interpreter as interpreter
 
 from tests.interpreter.memory import Launch, MemoryFault, Region
 from tests.interpreter.poison import is_poisoned, poison
@@ -14,6 +16,12 @@ from tests.interpreter.poison import is_poisoned, poison
 pytestmark = pytest.mark.interpret(gpu=False)
 
 BLOCK = 512
+SCALARS = {
+    1: ("int1", "int8", "uint8", "float8e4nv", "float8e5"),
+    2: ("int16", "uint16", "float16", "bfloat16"),
+    4: ("int32", "uint32", "float32"),
+    8: ("int64", "uint64", "float64"),
+}  # by bytes in numpy
 
 
 @triton.jit
@@ -196,6 +204,35 @@ def test_a_loop_bound_may_be_a_tensor() -> None:
     out = torch.empty((), dtype=torch.int32)
     loop_kernel[(1,)](out, 100, BLOCK=16)
     assert out.item() == 7
+
+
+def test_types_are_those_of_stock_triton() -> None:
+    """Whatever haste.py keeps of a type: each dtype's numpy one, shapes, and which types are equal."""
+    scalars = [getattr(tl, name) for names in SCALARS.values() for name in names]
+    for width, names in SCALARS.items():
+        for name in names:
+            kind = getattr(tl, name)
+            assert interpreter._get_np_dtype(kind).itemsize == width
+            assert interpreter._get_np_dtype(tl.block_type(kind, [4, 2])) == interpreter._get_np_dtype(kind)
+            assert interpreter._get_np_dtype(tl.pointer_type(kind)) == np.uint64
+            assert (interpreter._get_np_dtype(kind).kind == "f") == (name in ("float16", "float32", "float64"))
+            assert [other for other in scalars if kind == other] == [kind]
+            for shape in ([4, 2], [tl.constexpr(4), tl.constexpr(2)], tl.core.tuple([4, 2])):
+                block = tl.block_type(kind, shape)
+                assert (list(block.shape), block.numel, block.element_ty) == ([4, 2], 8, kind)
+                assert block == tl.block_type(kind, [4, 2]) and hash(kind) == hash(getattr(tl, name))
+                assert block != tl.block_type(kind, [2, 4]) and block != kind
+                tensor = tl.core.tensor(None, block)
+                assert [n.value for n in tensor.shape] == [4, 2] and tensor.numel.value == 8
+                assert (tensor.type, tensor.dtype) == (block, kind)
+            scalar = tl.core.tensor(None, kind)
+            assert len(scalar.shape) == 0 and scalar.numel.value == 1
+    with pytest.raises(TypeError, match="0d block_type"):
+        tl.block_type(tl.float32, [])
+    with pytest.raises(ValueError, match="power of 2"):
+        tl.block_type(tl.float32, [3])
+    with pytest.raises(KeyError):
+        interpreter._get_np_dtype(tl.void)
 
 
 class Rows(NamedTuple):

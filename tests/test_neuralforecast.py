@@ -353,7 +353,7 @@ def test_wrong_use_raises() -> None:
     with pytest.raises(NotImplementedError, match="attn_mask is not served"):
         attention(x, x, x, attn_mask=torch.ones(5, 5))
     residual = enable(made("PatchTST")).model.backbone.encoder.layers[0].self_attn.sdp_attn
-    with pytest.raises(NotImplementedError, match="masks are not served"):
+    with pytest.raises(NotImplementedError, match="attn_mask and its like are not served"):
         residual(x, x.mT, x, attn_mask=torch.ones(1, 5, 5))
     wide = enable(made("PatchTST", hidden_size=260, n_heads=1, encoder_layers=2))
     with pytest.raises(ValueError, match="head_dim from 1 to 512, got 520"):

@@ -41,7 +41,7 @@ def float32_to_tf32(x: Array) -> Array:
 
 
 def _is_bfloat16(handle: Any) -> bool:
-    return handle.dtype.scalar == tl.bfloat16
+    return handle.dtype.scalar.name == "bf16"
 
 
 def _widen(handle: Any) -> Any:
@@ -233,10 +233,15 @@ def _install_patching_once() -> None:
     """
     patch_lang, call = interpreter._patch_lang, GridExecutor.__call__
     done: set[frozenset[int]] = set()
+    names: dict[int, frozenset[int]] = {}  # by the module of a function, while a launch lasts
     running = False
 
     def patch(fn: Any) -> Any:
-        languages = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        module = fn.__globals__
+        languages = names.get(id(module))
+        if languages is None:
+            languages = frozenset(id(value) for value in module.values() if value is tl or value is tl.core)
+            names[id(module)] = languages
         if running and languages in done:
             return interpreter._LangPatchScope()
         done.add(languages)
@@ -250,6 +255,7 @@ def _install_patching_once() -> None:
         finally:
             running = False
             done.clear()
+            names.clear()
 
     interpreter._patch_lang = patch
     GridExecutor.__call__ = executor_call

@@ -89,12 +89,13 @@ def watch() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from tests.interpreter import memory, repair
+    from tests.interpreter import haste, memory, repair
     from tests.mutation import slice
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     repair.install()
+    haste.install()
     memory.install()
     slice.watch_allocations()
 
