@@ -8,7 +8,7 @@ from ._checkout import require_links
 
 require_links()
 
-from . import attention, decode, dispatch, nn, ring  # noqa: E402  broken links must be named before an import trips over them
+from . import attention, decode, dispatch, mods, nn, ring  # noqa: E402  broken links must be named before an import trips over them
 from ._version import __version__  # noqa: E402
 from .attention import flash_attention, flash_attention_varlen  # noqa: E402
 from .decode import flash_attention_decode  # noqa: E402
@@ -20,5 +20,5 @@ from .ring import ring_attention  # noqa: E402
 
 __all__ = [
     "Config", "PagedCache", "__version__", "attention", "decode", "dispatch", "flash_attention",
-    "flash_attention_decode", "flash_attention_varlen", "info", "merge", "nn", "ring", "ring_attention",
+    "flash_attention_decode", "flash_attention_varlen", "info", "merge", "mods", "nn", "ring", "ring_attention",
 ]  # fmt: skip

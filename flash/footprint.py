@@ -64,8 +64,8 @@ def memory_estimate(
     for name, size in sizes.items():
         if type(size) is not int or size < 0:
             raise ValueError(f"{name} must be a whole number, at least 0, got {size!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a float, got {dtype}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a torch.dtype of floats, got {dtype!r}")
     q = batch * heads * seqlen * head_dim * dtype.itemsize
     scores = batch * heads * seqlen * seqlen_k * dtype.itemsize
     rows = batch * heads * seqlen * (8 if dtype == torch.float64 else 4)

@@ -367,8 +367,10 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(heads, 1 if heads_k is None else heads_k) < 1:
-            raise ValueError(f"heads and heads_k must be at least 1, got {heads} and {heads_k}")
+        sizes = dict(embed_dim=embed_dim, heads=heads, heads_k=heads_k, head_dim=head_dim, hidden_dim=hidden_dim)
+        for name, size in sizes.items():
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} must be an int, at least 1, got {size!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.heads, self.heads_k = heads, heads if heads_k is None else heads_k

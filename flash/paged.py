@@ -81,7 +81,7 @@ class PagedCache:
         page_size: positions in a page.
 
     Raises:
-        ValueError: a size is no int, or below 1.
+        ValueError: a size is no int, or below 1; dtype is no dtype of floats.
 
     Source: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention",
         sections 4.1 to 4.4, https://arxiv.org/abs/2309.06180.
@@ -107,6 +107,8 @@ class PagedCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a torch.dtype of floats, got {dtype!r}")
         pages, page_size, layers, heads_k, head_dim, head_dim_v = sizes.values()
         self.page_size = page_size
         self.k = torch.empty(layers, pages, heads_k, page_size, head_dim, dtype=dtype, device=device)

@@ -129,5 +129,5 @@ def test_an_estimate_of_nothing_that_can_be_is_refused() -> None:
     for heads in (-1, 1.5, "2"):
         with pytest.raises(ValueError, match=f"heads must be a whole number, at least 0, got {heads!r}"):
             memory_estimate(1, 8, heads, 4)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"dtype must be a float, got torch\.int32"):
+    with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype of floats, got torch\.int32"):
         memory_estimate(1, 8, 1, 4, torch.int32)

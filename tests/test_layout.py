@@ -190,7 +190,12 @@ ARROWS = {
         "flash.footprint",
     ),
     # its two halves: what is asked for a mask, and what reads the answer
-    "flash.integrations.transformers": ("flash.mods", "flash.attention", "flash.integrations.transformers_masks"),
+    "flash.integrations.transformers": (
+        "flash.mods",
+        "flash.attention",
+        "flash.integrations",
+        "flash.integrations.transformers_masks",
+    ),
     # its parts: what all of its functions are called with, and the one that has a cache
     "flash.integrations.flash_attn_arguments": (),
     "flash.integrations.flash_attn_kvcache": (
@@ -207,6 +212,8 @@ ARROWS = {
     ),
     "flash.integrations.onnx": ("flash.problem", "flash.ops"),  # writes out the raw op that torch.export leaves
     "flash.integrations.sdpa_registry": ("flash.kernels.spec", "flash.problem", "flash.dispatch"),  # below autograd
+    "flash.integrations": (),  # says which package is lacking, and imports none of the others
+    "flash.integrations.neuralforecast": ("flash.attention", "flash.integrations"),
     "flash.integrations.*": ("flash.mods", "flash.attention", "flash.decode", "flash.ring", "flash.nn"),
 }  # fmt: skip
 

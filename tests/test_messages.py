@@ -2,7 +2,11 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +14,10 @@ import torch
 
 import flash
 from flash import mods
+from flash.integrations import need
+from flash.integrations.flash_attn import flash_attn_with_kvcache
 from flash.integrations.sdpa import scaled_dot_product_attention
-from flash.nn import MultiheadAttention, TransformerBlock
+from flash.nn import MultiheadAttention, TransformerBlock, memory_estimate
 from tests.test_layout import SHIPPED, places, sources, tree
 
 SUBJECTS = {"a", "it", "no", "method", "torch", "two", "ONNX"}  # of messages about something else than an argument
@@ -150,6 +156,15 @@ def block(**changes: object) -> object:
     return TransformerBlock(**(dict(embed_dim=32, heads=4) | changes))
 
 
+def kvcache(**changes: object) -> object:
+    rows = CACHE.transpose(1, 2)
+    return flash_attn_with_kvcache(torch.zeros(2, 1, 4, 32), k_cache=rows, v_cache=rows, **changes)
+
+
+def estimate(**changes: object) -> object:
+    return memory_estimate(**(dict(batch=1, seqlen=16, heads=4, head_dim=32) | changes))
+
+
 def info(**changes: object) -> object:
     return flash.info(**changes)
 
@@ -239,6 +254,12 @@ MISTAKES = [
     (decode, {"rotary_cos": torch.zeros(64, 16)}, ["rotary_cos and rotary_sin must be given together"]),
     (merge, {"lse1": Q}, ["lse1 must have shape [2, 4, 16]", "got [2, 4, 16, 32]"]),
     (cache, {"pages": 0}, ["pages must be at least 1, got 0"]),
+    (cache, {"dtype": "float16"}, ["dtype must be a torch.dtype of floats, got 'float16'"]),
+    (cache, {"dtype": torch.int8}, ["dtype must be a torch.dtype of floats, got torch.int8"]),
+    (kvcache, {"cache_seqlens": [3, 5]}, ["cache_seqlens must be an int or an int32 tensor [batch], got [3, 5]"]),
+    (kvcache, {"cache_seqlens": True}, ["cache_seqlens must be an int or an int32 tensor [batch], got True"]),
+    (kvcache, {"cache_seqlens": 65}, ["cache_seqlens must be 0 to 64, what the cache has room for, got 65"]),
+    (estimate, {"dtype": "float16"}, ["dtype must be a torch.dtype of floats, got 'float16'"]),
     (module, {"query": ROWS[..., :16]}, ["query must have 32 features, got shape [2, 5, 16]"]),
     (module, {"is_causal": True}, ["attn_mask must be given with is_causal", "got None"]),
     (module, {"key_padding_mask": BOOL}, ["key_padding_mask must have shape (2, 5), got (16, 24)"]),
@@ -248,6 +269,9 @@ MISTAKES = [
     (sdpa, {"attn_mask": [True]}, ["attn_mask must be a torch.Tensor, got list"]),
     (sdpa, {"key": K, "value": K}, ["key and value must have 4 heads like query where enable_gqa is False"]),
     (block, {"heads": 5}, ["heads must divide embed_dim 32", "got 5"]),
+    (block, {"heads": "4"}, ["heads must be an int, at least 1, got '4'"]),
+    (block, {"embed_dim": 32.0}, ["embed_dim must be an int, at least 1, got 32.0"]),
+    (block, {"hidden_dim": 0}, ["hidden_dim must be an int, at least 1, got 0"]),
     (info, {"q": "q"}, ["q must be a torch.Tensor, got str"]),
 ]  # fmt: skip
 
@@ -265,3 +289,32 @@ def test_a_newcomers_mistake_is_named(call: Callable[..., object], wrong: dict[s
         call(**wrong)
     assert [words for words in told if words not in str(caught.value)] == [], caught.value
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "package, function",
+    [
+        ("transformers", "enable"), ("transformers", "disable"), ("transformers", "register"),
+        ("neuralforecast", "enable"), ("neuralforecast", "disable"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_lacking_is_named_with_what_installs_it(
+    package: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    call = getattr(import_module(f"flash.integrations.{package}"), function)
+    with pytest.raises(ImportError, match=rf"^{package} is not installed: pip install 'flash-triton\[{package}\]'$"):
+        call() if function == "register" else call(torch.nn.Linear(2, 2))
+
+
+def test_what_a_package_lacks_itself_is_not_blamed_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken_package.py").write_text("import nothing_of_that_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
+        need("broken_package")
+
+
+def test_modules_that_users_name_are_found_without_an_import_of_their_own() -> None:
+    source = "import flash; print(callable(flash.mods.alibi), callable(flash.nn.MultiheadAttention))"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("True True\n", "", 0)

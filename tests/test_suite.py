@@ -164,7 +164,6 @@ def test_coverage_of_the_kernels_is_complete_in_the_committed_run(path: str) -> 
     assert share == "100"
 
 
-@pytest.mark.xfail(strict=True, reason="tests/mutation/report.json: `make mutants` takes most of an hour")
 def test_mutants_of_every_kernel_are_killed_in_the_committed_run() -> None:
     report = json.loads((ROOT / "tests" / "mutation" / "report.json").read_text(encoding="utf-8"))
     assert report["rate"] >= LEAST and report["survived"] == []

@@ -9,3 +9,22 @@ onnx              export to ONNX's Attention nodes
 
 A package that is named here is imported by the functions that need it, never with this one.
 """
+
+from importlib import import_module
+
+
+def need(package: str) -> None:
+    """Check that a package is there which an extra of that name installs.
+
+    Args:
+        package: its name in Python, "transformers" or "neuralforecast".
+
+    Raises:
+        ImportError: it is not; the message says how to install it.
+    """
+    try:
+        import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # it is there, and lacks something of its own
+            raise
+        raise ImportError(f"{package} is not installed: pip install 'flash-triton[{package}]'") from None

@@ -129,6 +129,8 @@ def lengths_of(
         if k is not None:
             raise ValueError("cache_seqlens must be given with k, which is written behind what it counts, got None")
         cache_seqlens = room
+    if type(cache_seqlens) is not int:
+        raise ValueError(f"cache_seqlens must be an int or an int32 tensor [batch], got {cache_seqlens!r}")
     if not 0 <= cache_seqlens <= room - new:
         raise ValueError(f"cache_seqlens must be 0 to {room - new}, what the cache has room for, got {cache_seqlens}")
     return torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attention import flash_attention
+from . import need
 
 Model = TypeVar("Model")
 FULL = "-full"  # ends the alias of a model whose mechanism was swapped, and the columns of its predictions
@@ -46,6 +47,7 @@ def enable(model: Model, mechanism: str | None = None) -> Model:
         The model that was given.
 
     Raises:
+        ImportError: neuralforecast is not installed.
         ValueError: mechanism is another, or there is no attention in the model; and when a PatchTST runs whose number
             of layers times head_dim is beyond 512.
         TypeError: model is neither of the two.
@@ -98,6 +100,7 @@ def disable(model: Model) -> Model:
         The model that was given.
 
     Raises:
+        ImportError: neuralforecast is not installed.
         TypeError: model is no model of neuralforecast and no NeuralForecast.
     """
     _, others = known()
@@ -137,6 +140,7 @@ def name_of(model: Any) -> str:
 
 def known() -> tuple[dict[type, Any], dict[type, str]]:
     """neuralforecast's modules with softmax attention and who stands in for them, and those with something else."""
+    need("neuralforecast")
     from neuralforecast.common import _modules
     from neuralforecast.models import autoformer, fedformer, informer, patchtst, tft
 

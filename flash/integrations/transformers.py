@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from flash.attention import flash_attention, flash_attention_varlen
+from flash.integrations import need
 from flash.integrations.transformers_masks import Visibility, pairs, visibility
 from flash.mods import MaskMod, document
 
@@ -103,6 +104,7 @@ def register() -> str:
     Source: transformers' documentation, "Attention Interface",
         https://huggingface.co/docs/transformers/attention_interface.
     """
+    need("transformers")
     return Implementation().register()
 
 
@@ -171,6 +173,7 @@ def disable(model: nn.Module) -> None:
 
 def outermost(model: nn.Module) -> Iterator[Any]:
     """The PreTrainedModels in a module that lie in no other one."""
+    need("transformers")
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
