@@ -10,7 +10,7 @@ onnx              export to ONNX's Attention nodes
 A package that is named here is imported by the functions that need it, never with this one.
 """
 
-from importlib import import_module
+from importlib.util import find_spec
 
 
 def need(package: str) -> None:
@@ -22,9 +22,5 @@ def need(package: str) -> None:
     Raises:
         ImportError: it is not; the message says how to install it.
     """
-    try:
-        import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:  # it is there, and lacks something of its own
-            raise
-        raise ImportError(f"{package} is not installed: pip install 'flash-triton[{package}]'") from None
+    if find_spec(package) is None:
+        raise ImportError(f"{package} is not installed: pip install 'flash-triton[{package}]'")
