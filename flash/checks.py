@@ -5,6 +5,7 @@ A message says the argument, what was expected and what came. `flash.problem` pu
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -70,6 +71,34 @@ def check_tensors(
         if x.shape[2] > MAX_SEQLEN:
             raise ValueError(f"{name} must have a {length.split('_')[0]} of at most {MAX_SEQLEN}, got {x.shape[2]}")
     return q, k, v, one_head
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument as an int of our own; an array may change after the call, and to read a tensor may wait."""
+    if isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be an int, got a tensor: .item() reads one number, .tolist() several")
+    try:
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    return number
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes by the names of their arguments, as ints of at least 1."""
+    found = {name: integer(name, size) for name, size in sizes.items()}
+    for name, size in found.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    return found
+
+
+def check_floats(dtype: Any) -> None:
+    """Check that a dtype is one, and of floats of any width."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a torch.dtype of floats, got {dtype!r}")
 
 
 def check_equal(name: str, axis: str, got: int, other: str, expected: int) -> None:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import check_floats
+
 
 class MemoryEstimate(NamedTuple):
     """Bytes at the peak of a pass, beyond q, k, v, the output and the gradients.
@@ -64,8 +66,7 @@ def memory_estimate(
     for name, size in sizes.items():
         if type(size) is not int or size < 0:
             raise ValueError(f"{name} must be a whole number, at least 0, got {size!r}")
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a torch.dtype of floats, got {dtype!r}")
+    check_floats(dtype)
     q = batch * heads * seqlen * head_dim * dtype.itemsize
     scores = batch * heads * seqlen * seqlen_k * dtype.itemsize
     rows = batch * heads * seqlen * (8 if dtype == torch.float64 else 4)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import flash_attention, flash_attention_varlen
+from .checks import check_sizes
 from .footprint import MemoryEstimate, memory_estimate
 from .problem import ConfigLike, Window
 from .weights import attention_weights, weights_of
@@ -368,9 +369,7 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         sizes = dict(embed_dim=embed_dim, heads=heads, heads_k=heads_k, head_dim=head_dim, hidden_dim=hidden_dim)
-        for name, size in sizes.items():
-            if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{name} must be an int, at least 1, got {size!r}")
+        check_sizes({name: size for name, size in sizes.items() if size is not None})
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.heads, self.heads_k = heads, heads if heads_k is None else heads_k

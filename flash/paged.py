@@ -6,11 +6,12 @@ written by a sequence that has it alone: one that several share is copied first,
 
 from collections import Counter
 from collections.abc import Iterable
-from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import check_floats, check_sizes, integer
 
 
 class OutOfPages(RuntimeError):
@@ -22,19 +23,6 @@ class Batch(NamedTuple):
 
     cache_seqlens: Tensor  # int32 [batch], keys before the append
     block_table: Tensor  # int32 [batch, max_pages], the page of every page_size positions; -1 for none
-
-
-def integer(name: str, value: Any) -> int:
-    """An argument as an int of the cache's own; an array may change after the call, and to read a tensor may wait."""
-    if isinstance(value, Tensor):
-        raise ValueError(f"{name} must be an int, got a tensor: .item() reads one number, .tolist() several")
-    try:
-        number = index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ValueError(f"{name} must be an int, got {value!r}")
-    return number
 
 
 def integers(name: str, values: Any) -> list[int]:
@@ -103,13 +91,8 @@ class PagedCache:
         sizes = dict(
             pages=pages, page_size=page_size, layers=layers, heads_k=heads_k, head_dim=head_dim, head_dim_v=head_dim_v
         )
-        sizes = {name: integer(name, size) for name, size in sizes.items()}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a torch.dtype of floats, got {dtype!r}")
-        pages, page_size, layers, heads_k, head_dim, head_dim_v = sizes.values()
+        pages, page_size, layers, heads_k, head_dim, head_dim_v = check_sizes(sizes).values()
+        check_floats(dtype)
         self.page_size = page_size
         self.k = torch.empty(layers, pages, heads_k, page_size, head_dim, dtype=dtype, device=device)
         self.v = torch.empty(layers, pages, heads_k, page_size, head_dim_v, dtype=dtype, device=device)

@@ -5,6 +5,7 @@ import itertools
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,24 @@ def test_lengths_may_be_one_number_or_left_out(cache: str) -> None:
         check({**x, "cache_seqlens": given}, oracle(same))
     x = call(cache, new="as many")
     check({**x, "cache_seqlens": 9}, oracle({**x, "cache_seqlens": numbers(*[9] * BATCH)}))
+
+
+class OneLength(torch.nn.Module):
+    def forward(self, q: torch.Tensor, cache: torch.Tensor, length: int) -> Any:
+        return flash_attn_with_kvcache(q, cache, cache, cache_seqlens=length)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_one_length_may_be_numpys_or_symbolic(strict: bool) -> None:
+    x = torch.randn(BATCH, 1, HEADS, D), torch.randn(BATCH, ROOM, HEADS, D)
+    attend = OneLength()
+    assert torch.equal(attend(*x, np.int64(7)), attend(*x, 7))
+    shapes = {"q": None, "cache": None, "length": torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(attend, (*x, 5), dynamic_shapes=shapes, strict=strict).module()
+    for length in (7, ROOM):
+        assert torch.equal(program(*x, length), attend(*x, length))
+        assert not torch.equal(program(*x, length), attend(*x, length - 1))
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(2, 5), (5, 2)])

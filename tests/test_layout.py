@@ -178,9 +178,10 @@ ARROWS = {
     ),
     # what attention_weights shows is the torch backend's own score
     "flash.weights": ("flash.kernels.spec", "flash.mods", "flash.problem", "flash.tiling", "flash.scoring"),
-    "flash.footprint": (),
-    "flash.paged": (),
+    "flash.footprint": ("flash.checks",),
+    "flash.paged": ("flash.checks",),
     "flash.nn": (
+        "flash.checks",
         "flash.mods",
         "flash.problem",
         "flash.attention",

@@ -267,9 +267,9 @@ MISTAKES = [
     (sdpa, {"attn_mask": [True]}, ["attn_mask must be a torch.Tensor, got list"]),
     (sdpa, {"key": K, "value": K}, ["key and value must have 4 heads like query where enable_gqa is False"]),
     (block, {"heads": 5}, ["heads must divide embed_dim 32", "got 5"]),
-    (block, {"heads": "4"}, ["heads must be an int, at least 1, got '4'"]),
-    (block, {"embed_dim": 32.0}, ["embed_dim must be an int, at least 1, got 32.0"]),
-    (block, {"hidden_dim": 0}, ["hidden_dim must be an int, at least 1, got 0"]),
+    (block, {"heads": "4"}, ["heads must be an int, got '4'"]),
+    (block, {"embed_dim": 32.0}, ["embed_dim must be an int, got 32.0"]),
+    (block, {"hidden_dim": 0}, ["hidden_dim must be at least 1, got 0"]),
     (info, {"q": "q"}, ["q must be a torch.Tensor, got str"]),
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -460,6 +461,11 @@ def test_a_block_trains_under_ddp(tmp_path: Any) -> None:
     torch.testing.assert_close([p.grad for p in block.parameters()], list(want), **EXACT)
 
 
+def test_sizes_of_a_block_may_be_numpys() -> None:
+    block = TransformerBlock(np.int64(24), np.int32(4), heads_k=np.int8(2))
+    assert block(torch.zeros(1, 3, 24)).shape == (1, 3, 24)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -467,7 +473,7 @@ def test_a_block_trains_under_ddp(tmp_path: Any) -> None:
         ({"heads_k": 3}, "heads_k must divide heads 4, got 3"),
         ({"head_dim": 7, "rope_base": 1e4}, "head_dim must be even"),
         ({"norm": "batch"}, 'norm must be "layer" or "rms"'),
-        ({"heads_k": 0}, "heads_k must be an int, at least 1, got 0"),
+        ({"heads_k": 0}, "heads_k must be at least 1, got 0"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
     ],
 )

@@ -9,6 +9,7 @@ one NaN. It has no derivative, as theirs; where one is asked for, this one says 
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 
@@ -129,7 +130,7 @@ def lengths_of(
         if k is not None:
             raise ValueError("cache_seqlens must be given with k, which is written behind what it counts, got None")
         cache_seqlens = room
-    if type(cache_seqlens) is not int:
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (Integral, torch.SymInt)):
         raise ValueError(f"cache_seqlens must be an int or an int32 tensor [batch], got {cache_seqlens!r}")
     if not 0 <= cache_seqlens <= room - new:
         raise ValueError(f"cache_seqlens must be 0 to {room - new}, what the cache has room for, got {cache_seqlens}")

@@ -3,7 +3,7 @@
 Tiles in tests are small, so that an addition costs what is done around it: its types are compared by name, its dtype is
 looked up in a table built for the purpose, its shape is wrapped anew, and each sum of integers is computed again in 64
 bits, by six more operations of the interpreter, to see whether it overflowed, which then nobody is told. Without that
-tests take half the time. tests/test_interpreter.py holds what is replaced here to what it replaces.
+tests/test_backward.py takes half the time. tests/test_interpreter.py holds what is replaced here to what it replaces.
 """
 
 from typing import Any
