@@ -220,6 +220,7 @@ def test_types_are_those_of_stock_triton() -> None:
             for shape in ([4, 2], [tl.constexpr(4), tl.constexpr(2)], tl.core.tuple([4, 2])):
                 block = tl.block_type(kind, shape)
                 assert (list(block.shape), block.numel, block.element_ty) == ([4, 2], 8, kind)
+                assert str(kind) in str(block)
                 assert block == tl.block_type(kind, [4, 2]) and hash(kind) == hash(getattr(tl, name))
                 assert block != tl.block_type(kind, [2, 4]) and block != kind
                 tensor = tl.core.tensor(None, block)
