@@ -187,16 +187,15 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse:
             keep_cols = keep_rows.mT
             p.masked_fill_(hide, 0.0)
         stays = dropped(call, tile)
+        weights = p  # of v
         if stays is not None:
             do_tile = do_tile / (1.0 - call.spec.dropout_p)
+            weights = stays.mul_(p)
         if dv is not None:
-            weights = p if stays is None else p * stays
             add_keys(dv, tile, matmul(by_key_head(weights, tile).mT, do_tile, keep_cols))
         if not others:
             continue
-        ds = (do_tile @ v_tile.mT).view(tile.shape).mul_(p)
-        if stays is not None:
-            ds *= stays
+        ds = (do_tile @ v_tile.mT).view(tile.shape).mul_(weights)
         if hide is not None:
             ds.masked_fill_(hide, 0.0)
         if call.spec.part:
@@ -215,11 +214,11 @@ def backward_blocks(call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse:
         if hide is not None:
             ds.masked_fill_(hide, 0.0)
         gradients_of_score(call, tile, ds, inner, grads)
-        ds = by_key_head(ds.mul_(call.scale), tile)
+        ds = by_key_head(ds, tile)
         if grads.q is not None:
-            store_rows(grads.q, tile, matmul(ds, k_tile, keep_rows))
+            store_rows(grads.q, tile, matmul(ds, k_tile, keep_rows).mul_(call.scale))
         if dk is not None:
-            add_keys(dk, tile, matmul(ds.mT, q_tile, keep_cols))
+            add_keys(dk, tile, matmul(ds.mT, q_tile, keep_cols).mul_(call.scale))
     for grad, total in zip(grads[1:3], (dk, dv), strict=True):
         if grad is not None and grad is not total:
             grad.copy_(total)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash.keep_bits import recalled
 from flash.kernels.spec import accumulator_dtype
 from flash.philox import kept
 from flash.tiling import Call, Tile, operand, origin_of, part_of_blocks
@@ -31,7 +32,7 @@ def score(call: Call, tile: Tile, q_tile: Tensor, k_tile: Tensor, slope: bool = 
     """The scores of q_tile [heads_k, group * rows, d] and k_tile [heads_k, cols, d], with derivatives if `slope`."""
     mods, softcap = call.mods, call.spec.softcap
     outer = inner = None
-    s = (q_tile @ k_tile.mT).mul_(call.scale).view(tile.shape)
+    s = ((q_tile * call.scale) @ k_tile.mT).view(tile.shape)
     if softcap is not None:
         s = s.div_(softcap).tanh_()
         inner = s.square().neg_().add_(1.0) if slope else None
@@ -58,8 +59,9 @@ def slopes_of(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor:
 
 def distances(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor:
     """|i + q_offset - j|, [rows, cols]."""
-    device = call.q.device
-    return (tile.positions(device) - tile.keys(device)).abs_().to(dtype)
+    keys = tile.keys(call.q.device)
+    from_first = torch.arange(tile.shape[1], dtype=dtype, device=keys.device).unsqueeze(1)  # both sides count from there
+    return (from_first - (keys - tile.first).to(dtype)).abs_()
 
 
 def coordinates(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,7 +121,7 @@ def additive(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor | None:
     if mods.bias is not None:
         terms.append(operand(mods.bias, tile).to(dtype))
     if mods.alibi_slopes is not None:
-        terms.append(slopes_of(call, tile, dtype) * -distances(call, tile, dtype))
+        terms.append(-slopes_of(call, tile, dtype) * distances(call, tile, dtype))
     if not terms:
         return None
     total = terms[0]
@@ -175,11 +177,27 @@ def block_mask(call: Call, tile: Tile) -> Tensor:
 
 
 def dropped(call: Call, tile: Tile) -> Tensor | None:
-    """1 where dropout keeps the weight and 0 where not, [heads, rows, cols]; None without dropout."""
-    if call.spec.dropout_p == 0.0:
+    """1 where dropout keeps the weight and 0 where not, [heads, rows, cols]; None without dropout.
+
+    What is drawn first may stay for the backward pass, as bits: no more bytes than q, k, v and o have themselves.
+    """
+    p, dtype = call.spec.dropout_p, accumulator_dtype(call.q)
+    if p == 0.0:
         return None
-    b, h, i, j = coordinates(call, tile)
-    return kept(int(call.mods.seed), call.spec.dropout_p, int(b), h, i, j, accumulator_dtype(call.q))
+    seed, (b, h, i, j) = int(call.mods.seed), coordinates(call, tile)
+    element = int(b)
+
+    def draw() -> Tensor:
+        return kept(seed, p, element, h, i, j)
+
+    if call.spec.part or not isinstance(tile.cols, slice):  # parts of a whole share a seed: each has room, all have not
+        stays = draw()
+    else:
+        q, k, v = call.q, call.k, call.v
+        room = (q.numel() + k.numel() + v.numel() + q[..., 0].numel() * v.shape[3]) * q.itemsize // len(q)
+        place = (seed, p, int(h[0]), int(i[0, 0]), int(j[0, 0, 0]))
+        stays = recalled(call.mods.seed, element, place, tile.shape, room, draw)
+    return stays.view(torch.uint8).to(dtype)  # ten times as fast as from bool
 
 
 def matmul(weights: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:

@@ -115,8 +115,11 @@ def test_the_torch_backend_takes_no_more_than_its_estimate_says(dtype: torch.dty
         shares.append(both / copy)
     assert shares[1] <= 1.25 * shares[0]  # it grows with the length, in parts of it
     q, k, v = (torch.randn(1, 2, 4096, 64) for _ in range(3))
-    tiles = allocated(lambda: (flash_attention(q, k, v, dropout_p=0.1),))
-    assert tiles <= 40e6 < memory_estimate(1, 4096, 2, 64, torch.float32).standard_forward
+    scores = memory_estimate(1, 4096, 2, 64, torch.float32).standard_forward
+    dropout = partial(flash_attention, dropout_p=0.1)
+    assert allocated(lambda: (dropout(q, k, v),)) <= 40e6 < scores
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert allocated(lambda: step(dropout, [*leaves, torch.ones_like(q)])) <= 40e6 + 4 * q.nbytes < scores
 
 
 def test_modules_estimate_their_own_attention() -> None:

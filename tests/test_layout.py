@@ -37,6 +37,7 @@ ARROWS = {
     "flash.twins": ("flash.kernels.spec",),
     "flash.mods": ("flash.kernels.spec", "flash.twins"),
     "flash.blocks": ("flash.kernels.spec",),
+    "flash.keep_bits": (),
     "flash.philox": (),
     "flash.reference": ("flash.mods",),
     "flash.reference_cache": ("flash.reference",),
@@ -51,7 +52,7 @@ ARROWS = {
     "flash.checks": ("flash.kernels.spec", "flash.twins", "flash.mods", "flash.blocks"),
     "flash.problem": ("flash.kernels.spec", "flash.checks", "flash.mods", "flash.twins", "flash.blocks"),
     "flash.tiling": ("flash.kernels.spec", "flash.mods"),
-    "flash.scoring": ("flash.kernels.spec", "flash.philox", "flash.tiling"),
+    "flash.scoring": ("flash.keep_bits", "flash.kernels.spec", "flash.philox", "flash.tiling"),
     "flash.fused": ("flash.kernels.spec", "flash.tiling", "flash.scoring"),
     "flash.fallback": ("flash.kernels.spec", "flash.problem", "flash.tiling", "flash.scoring", "flash.fused"),
     "flash.dispatch": (
