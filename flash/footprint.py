@@ -45,8 +45,8 @@ def memory_estimate(
     q. A mask made for it, or keys repeated for grouped heads, come on top; for flash_attention neither is made.
     flash_attention is that of the Triton kernels; the Hopper backward sums its gradient of q in float32 besides. The
     torch backend works in float32 and keeps copies, up to 6 times q in float32 forward and 15 times backward, or tiles
-    of at most 40 MB where dropout or a user function leaves torch's own kernels no part. Dropout there keeps bits for its
-    backward, which take no more bytes than q, k, v and the output.
+    of at most 40 MB where dropout or a user function leaves torch's own kernels no part. Dropout there keeps bits for
+    a backward, whether or not one comes, which take no more bytes than q, k, v and the output.
 
     Args:
         batch: sequences.

@@ -6,6 +6,7 @@ with it. A caller says how many bytes may stay; what does not fit is drawn again
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,10 +18,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 GATHER = 0x0102040810204080  # takes bit 0 of byte t to bit 56 + t; no two of its sums share a bit
 SPREAD = 0x0101010101010101  # a byte, eight times
 EACH = 0x8040201008040201 - 2**64  # bit t of byte t
+ENTRY = 1024  # bytes that Python and torch take for an entry, rather more than less
 
 Place = tuple[float, ...]
 
-held: Any = WeakTensorKeyDictionary()  # of a seed: batch element -> (place, shape) -> uint8 bits
+
+@dataclass
+class Kept:
+    """What stayed of a batch element: uint8 bits by place and shape, and how many bytes they take."""
+
+    bits: dict[tuple[Place, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    size: int = 0
+
+
+held: Any = WeakTensorKeyDictionary()  # of a seed: batch element -> Kept
 
 
 def recalled(
@@ -35,12 +46,14 @@ def recalled(
         room: bytes that may stay for b.
         draw: called where nothing stayed.
     """
-    ours, key = held.setdefault(seed, {}).setdefault(b, {}), (place, shape)
-    if key in ours:
-        return unpacked(ours[key], shape)
+    ours, key = held.setdefault(seed, {}).setdefault(b, Kept()), (place, shape)
+    if key in ours.bits:
+        return unpacked(ours.bits[key], shape)
     keep = draw()
-    if sum(map(len, ours.values())) + -(-keep.numel() // 8) <= room:
-        ours[key] = packed(keep)
+    size = -(-keep.numel() // 8) + ENTRY
+    if ours.size + size <= room:
+        ours.bits[key] = packed(keep)
+        ours.size += size
     return keep
 
 

@@ -12,6 +12,8 @@ whole product, as it meets a LOW before it is multiplied again. The rest runs in
 cache.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ M0, M1 = 0xD2511F53, 0xCD9E8D57
 WEYL0, WEYL1 = 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF
 ROUNDS = 10
-CHUNK = 2**17  # counters at once on each thread: fewer, and calls cost more than they do; more leave the cache
+CHUNK = 2**18  # counters at once, 10 MB: with fewer, calls cost more than they do; more leave the cache
 
 
 def kept(seed: int, dropout_p: float, b: int, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -33,13 +35,15 @@ def kept(seed: int, dropout_p: float, b: int, h: Tensor, i: Tensor, j: Tensor) -
     """
     heads, rows, cols = len(h), i.shape[1], j.shape[2]
     keep = torch.empty(heads, rows, cols, dtype=torch.bool, device=j.device)
-    step = min(rows, max(1, CHUNK * torch.get_num_threads() // (heads * cols)))
-    buffers = torch.empty(5, heads * step * cols, dtype=torch.int64, device=j.device)
-    for start in range(0, rows, step):
-        at = i[:, start : start + step]
-        shape = heads, at.shape[1], cols
-        words = [x[: heads * at.shape[1] * cols].view(shape) for x in buffers]
-        torch.ge(first_word(seed, j, at, h, b, words), round(dropout_p * 2**32), out=keep[:, start : start + step])
+    step_h = min(heads, max(1, CHUNK // cols))
+    step = min(rows, max(1, CHUNK // (step_h * cols)))
+    buffers = torch.empty(5, step_h * step * cols, dtype=torch.int64, device=j.device)
+    for head, start in product(range(0, heads, step_h), range(0, rows, step)):
+        at = slice(head, head + step_h), slice(start, start + step)
+        part = keep[at]
+        words = [x[: part.numel()].view(part.shape) for x in buffers]
+        word = first_word(seed, j, i[:, at[1]], h[at[0]], b, words)
+        torch.ge(word, round(dropout_p * 2**32), out=part)
     return keep
 
 

@@ -32,7 +32,7 @@ def score(call: Call, tile: Tile, q_tile: Tensor, k_tile: Tensor, slope: bool = 
     """The scores of q_tile [heads_k, group * rows, d] and k_tile [heads_k, cols, d], with derivatives if `slope`."""
     mods, softcap = call.mods, call.spec.softcap
     outer = inner = None
-    s = ((q_tile * call.scale) @ k_tile.mT).view(tile.shape)
+    s = (q_tile @ k_tile.mT).mul_(call.scale).view(tile.shape)
     if softcap is not None:
         s = s.div_(softcap).tanh_()
         inner = s.square().neg_().add_(1.0) if slope else None
@@ -58,10 +58,11 @@ def slopes_of(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor:
 
 
 def distances(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """|i + q_offset - j|, [rows, cols]."""
-    keys = tile.keys(call.q.device)
-    from_first = torch.arange(tile.shape[1], dtype=dtype, device=keys.device).unsqueeze(1)  # both sides count from there
-    return (from_first - (keys - tile.first).to(dtype)).abs_()
+    """|i + q_offset - j|, [rows, cols], rounded once."""
+    rows, cols = tile.shape[1], tile.keys(call.q.device) - tile.first  # both count from the first row
+    farthest = rows + max(abs(int(cols[0])), abs(int(cols[-1])))
+    wide = dtype if farthest * torch.finfo(dtype).eps < 1 else torch.float64
+    return (torch.arange(rows, dtype=wide, device=cols.device).unsqueeze(1) - cols.to(wide)).abs_().to(dtype)
 
 
 def coordinates(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,19 +185,19 @@ def dropped(call: Call, tile: Tile) -> Tensor | None:
     p, dtype = call.spec.dropout_p, accumulator_dtype(call.q)
     if p == 0.0:
         return None
-    seed, (b, h, i, j) = int(call.mods.seed), coordinates(call, tile)
-    element = int(b)
+    seed, (first, head, row, col) = int(call.mods.seed), origin_of(call, tile.b)
+    b = tile.b + call.origin.b + first
 
     def draw() -> Tensor:
-        return kept(seed, p, element, h, i, j)
+        return kept(seed, p, b, *coordinates(call, tile)[1:])
 
     if call.spec.part or not isinstance(tile.cols, slice):  # parts of a whole share a seed: each has room, all have not
         stays = draw()
     else:
         q, k, v = call.q, call.k, call.v
         room = (q.numel() + k.numel() + v.numel() + q[..., 0].numel() * v.shape[3]) * q.itemsize // len(q)
-        place = (seed, p, int(h[0]), int(i[0, 0]), int(j[0, 0, 0]))
-        stays = recalled(call.mods.seed, element, place, tile.shape, room, draw)
+        place = (seed, p, tile.heads.start + head, tile.rows.start + row, tile.cols.start + col)
+        stays = recalled(call.mods.seed, b, place, tile.shape, room, draw)
     return stays.view(torch.uint8).to(dtype)  # ten times as fast as from bool
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flash import fallback, tiling
+from flash import fallback, scoring, tiling
 from flash.attention import flash_attention
 from flash.mods import MaskMod, ScoreMod, document
 from flash.problem import Problem
@@ -318,6 +318,26 @@ def test_hidden_tiles_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> Non
             area += seen.numel()
         rows = visible.view(n // BLOCK, BLOCK, n).any(1)  # what a tile of BLOCK rows cannot do without
         assert area == BLOCK * int(rows.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, -300, 2**23 - 50, 2**24 + 1, 2**29 + 3, -(2**30) + 600])
+def test_distances_are_rounded_once_whatever_the_tile(dtype: torch.dtype, offset: int) -> None:
+    p = Problem.of(*[torch.zeros(1, 1, 40, 8, dtype=dtype)] * 3, q_offset=offset)
+    call = tiling.Call(p.q, p.k, p.v, p.mods, p.spec, p.scale, p.positions)
+    (whole,) = tiling.tiles(call, 40 * 40)
+    exact = (whole.positions(p.q.device) - whole.keys(p.q.device)).abs()
+    assert int(exact.amax()) > abs(offset) - 40
+    for tile in (whole, *tiling.tiles(call, 7 * 40)):
+        assert torch.equal(scoring.distances(call, tile, dtype), exact[tile.rows].to(dtype))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 1e6}, {"dropout_p": 1e-9}, {"alibi_slopes": torch.zeros(1)}], ids=str)
+def test_the_scale_comes_after_the_product(options: dict[str, Any]) -> None:
+    q, k, v = (torch.tensor(x)[None, None, :, None] for x in ([1e30, 1e30], [2e-38, 3e-38], [1.0, 2.0]))
+    o = flash_attention(q, k, v, scale=1e9, backend="torch", **options)
+    weights = ((q.double() @ k.double().mT) * 1e9).softmax(-1)
+    torch.testing.assert_close(o, (weights @ v.double()).float())
 
 
 PEAK = """

@@ -120,6 +120,8 @@ def test_the_torch_backend_takes_no_more_than_its_estimate_says(dtype: torch.dty
     assert allocated(lambda: (dropout(q, k, v),)) <= 40e6 < scores
     leaves = [x.requires_grad_() for x in (q, k, v)]
     assert allocated(lambda: step(dropout, [*leaves, torch.ones_like(q)])) <= 40e6 + 4 * q.nbytes < scores
+    few = [torch.randn(1, 16, n, 8) for n in (1, 2**17, 2**17)]
+    assert allocated(lambda: (dropout(*few),)) <= 40e6
 
 
 def test_modules_estimate_their_own_attention() -> None:

@@ -1,4 +1,4 @@
-"""The tests' own Philox against the published vectors, and against Triton's."""
+"""The tests' own Philox against the published vectors, and against Triton's and torch's."""
 
 import importlib.util
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from flash import philox as ours
 from tests.philox import dropout_mask, keep_mask, philox
 
 KNOWN = {  # Random123's kat_vectors, philox4x32 10: counter, key, output
@@ -66,3 +67,12 @@ def test_rate_and_factors(dropout_p: float) -> None:
     assert factors.dtype == torch.float64 and set(factors.unique().tolist()) <= {0.0, 1 / (1 - dropout_p)}
     sigma = (dropout_p * (1 - dropout_p) / factors.numel()) ** 0.5
     assert abs(float((factors == 0).double().mean()) - dropout_p) <= 3 * sigma
+
+
+@pytest.mark.parametrize("chunk", [1, 20, 100, 2**20])  # less than a row of a head, a row, a row of every head, all
+@pytest.mark.parametrize("seed", [0, SEED, 2**63 - 2])
+def test_torchs_is_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch, chunk: int, seed: int) -> None:
+    monkeypatch.setattr(ours, "CHUNK", chunk)
+    h, i, j = torch.arange(2, 5)[:, None, None], torch.arange(3, 10)[None, :, None], torch.arange(4, 17)[None, None]
+    kept = ours.kept(seed, 0.37, 2, h, i, j)
+    assert torch.equal(kept, keep_mask(seed, 0.37, 3, 5, 10, 17)[2, 2:, 3:, 4:])
