@@ -13,10 +13,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("front-doors", "masks", "tuning", "memory", "numerics", "adding-a-feature", "adding-a-machine", "numbers")
 
 
-def missing(what: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=what)
-
-
 # Faults of the tools
 
 
@@ -107,7 +103,6 @@ def test_the_mutants_of_every_kernel_are_killed() -> None:
     named_test("test_suite", "test_mutants_of_every_kernel_are_killed_in_the_committed_run")()
 
 
-@missing("tests/steady.json: twenty runs of `make steady` take three hours")
 def test_twenty_runs_in_a_row_pass() -> None:
     named_test("test_suite", "test_twenty_runs_in_a_row_pass_in_the_committed_report")()
 

@@ -172,7 +172,6 @@ def test_mutants_of_every_kernel_are_killed_in_the_committed_run() -> None:
     assert mutated - report["files"].keys() == {"kernels/launch.py", "kernels/spec.py"}  # which hold no device code
 
 
-@pytest.mark.xfail(strict=True, reason="tests/steady.json: twenty runs of `make steady` take three hours")
 def test_twenty_runs_in_a_row_pass_in_the_committed_report() -> None:
     report = json.loads((ROOT / "tests" / "steady.json").read_text(encoding="utf-8"))
     runs = report["runs"][-20:]
