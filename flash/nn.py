@@ -368,8 +368,10 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = dict(embed_dim=embed_dim, heads=heads, heads_k=heads_k, head_dim=head_dim, hidden_dim=hidden_dim)
-        check_sizes({name: size for name, size in sizes.items() if size is not None})
+        embed_dim, heads = check_sizes(dict(embed_dim=embed_dim, heads=heads)).values()
+        given = dict(heads_k=heads_k, head_dim=head_dim, hidden_dim=hidden_dim)
+        sizes = check_sizes({name: size for name, size in given.items() if size is not None})
+        heads_k, head_dim, hidden_dim = (sizes.get(name) for name in given)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.heads, self.heads_k = heads, heads if heads_k is None else heads_k

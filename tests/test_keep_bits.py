@@ -126,7 +126,7 @@ def test_a_checkpointed_call_keeps_no_bits(draws: list[int]) -> None:
     del o
 
 
-def test_grouped_heads_are_told_apart_and_a_tangent_draws_nothing(draws: list[int]) -> None:
+def test_a_tangent_draws_nothing_and_is_the_same(draws: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     q, (k, v) = torch.randn(2, 4, 30, 8), torch.randn(2, 2, 2, 30, 8)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -134,8 +134,16 @@ def test_grouped_heads_are_told_apart_and_a_tangent_draws_nothing(draws: list[in
         assert isinstance(o, torch.Tensor)
         return o
 
-    torch.func.jvp(attend, (q, k, v), tuple(torch.ones_like(x) for x in (q, k, v)))
+    def tangents() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        return list(torch.func.jvp(attend, (q, k, v), tuple(x.cos() for x in (q, k, v))))
+
+    found = tangents()
     assert draws == [4 * 30 * 30] * 2
+    monkeypatch.setattr(scoring, "recalled", lambda *args: args[-1]())
+    for got, want in zip(found, tangents(), strict=True):
+        assert torch.equal(got, want)
+    assert draws == [4 * 30 * 30] * 6
 
 
 def test_what_is_too_small_for_its_entry_is_drawn_again(draws: list[int]) -> None:

@@ -464,6 +464,8 @@ def test_a_block_trains_under_ddp(tmp_path: Any) -> None:
 def test_sizes_of_a_block_may_be_numpys() -> None:
     block = TransformerBlock(np.int64(24), np.int32(4), heads_k=np.int8(2))
     assert block(torch.zeros(1, 3, 24)).shape == (1, 3, 24)
+    wide = TransformerBlock(24, 4, heads_k=np.int8(2), head_dim=np.int8(64))  # 4 * 64 does not fit int8
+    assert wide.qkv.weight.shape == ((4 + 2 + 2) * 64, 24) and type(wide.heads_k) is int
 
 
 @pytest.mark.parametrize(
