@@ -126,15 +126,16 @@ def backward(
     Returns:
         each in the shape, dtype and order in memory of its operand; of a part, dq, dk and dv in lse's dtype.
     """
-    operands = Gradients(q, k, v, mods.bias, mods.alibi_slopes, mods.sinks)
-    dtypes = [output_dtype(x, spec) for x in (q, k, v)] + [None] * 3
-    blank = (
-        torch.zeros_like(x, dtype=dtype) if need else None
-        for x, dtype, need in zip(operands, dtypes, needs, strict=True)
+    inputs, others = (q, k, v), (mods.bias, mods.alibi_slopes, mods.sinks)
+    grads = Gradients(
+        *(
+            torch.zeros_like(x, dtype=output_dtype(x, spec)) if need else None
+            for x, need in zip(inputs, needs[:3], strict=True)
+        ),
+        *(torch.empty_like(x) if need else None for x, need in zip(others, needs[3:], strict=True)),
     )
-    grads = Gradients(*blank)
-    # sums over tiles and sequences; dk and dv have theirs in each pass
-    sums = [None if x is None else torch.zeros_like(x, dtype=accumulator_dtype(q)) for x in grads[3:]]
+    # sums over tiles and sequences, zeros at first; dk and dv have theirs in each pass
+    sums = [accumulator_of(x, accumulator_dtype(q)) for x in grads[3:]]
     call = Call(q, k, v, mods, spec, scale, positions)
     if mods.starts_q is None:
         backward_dense(call, do, dlse, o, lse, Gradients(grads.q, grads.k, grads.v, *sums))
@@ -152,7 +153,7 @@ def backward(
             own_grads = Gradients(parts[0], parts[1], parts[2], bias, slopes, sums[2])
             backward_dense(own, do[:, :, rows], dlse_part, o[:, :, rows], lse[:, :, rows], own_grads)
     for grad, total in zip(grads[3:], sums, strict=True):
-        if grad is not None:
+        if grad is not None and grad is not total:
             grad.copy_(total)
     return grads
 

@@ -23,7 +23,8 @@ FEW_DIMS = 8  # of v; below, o's rounding to half shows in do . o, and standard 
 # computed again from lse is off by a third at the very worst; much larger scores would make it anything, inf too.
 MAX_SCORE = 1e4
 FEW_ROWS = 16  # that share keys: to look through the keys, as is asked first, costs as much as to attend to them
-MASK_TILES = 4  # tiles' worth of mask in a call: 512 rows by 4096 keys; with fewer rows the kernels are slower
+MASK_TILES = 3  # tiles' worth of mask in a call: 384 rows by 4096 keys; with fewer rows the kernels are slower, and of
+# what takes 32 MB glibc gets every page anew from the system
 ALIGNMENT = 64  # bytes; the CPU's matrix products may round differently for a tensor that starts elsewhere
 
 fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -129,7 +129,8 @@ def additive(call: Call, tile: Tile, dtype: torch.dtype) -> Tensor | None:
     for term in terms[1:]:
         total = total + term
     total = total[(None,) * (4 - total.dim())]
-    return total.expand(*total.shape[:3], tile.shape[2]).contiguous()
+    total = total.expand(*total.shape[:3], tile.shape[2])
+    return total if total.stride(3) == 1 else total.contiguous()
 
 
 def hiding(keep: Tensor, dtype: torch.dtype) -> Tensor:
