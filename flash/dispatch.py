@@ -280,7 +280,8 @@ def replace(problem: Problem, error: Unfit, formula: bool) -> None:
 def as_given(q: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which torch's own operations leave dtypes alone: what autocast asks of a call, Problem has done."""
     device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    asked = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if asked else nullcontext()
 
 
 def forward(problem: Problem, formula: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Decoding in torch operations, for the CPU and every machine without Triton: keys are gathered, then attended to.
 
 The same contract as `kernels/decode.py` and `kernels/append.py`. Each sequence is a call of `flash.fallback` of its
-own, on a view of its slot or on a copy of its pages. Lengths and tables are read on the host: on a GPU it waits.
+own, on a view of its keys, or on a copy (`flash/copied.py`) of as many heads of them at a time as make a small one.
+Lengths and tables are read on the host: on a GPU it waits.
 """
 
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from flash import fallback
+from flash.copied import Buffer, Places, bits, copy
 from flash.kernels.spec import Cache, Mods, Positions, Rotary, Spec, accumulator_dtype, dense_like
 from flash.rotary import turned
-from flash.tiling import cut
+from flash.tiling import Call, cut
+
+COPIED = 2**22  # bytes of keys, and of values, that are copied at a time, unless a head for each thread has more
 
 
 class Sequence(NamedTuple):
@@ -57,6 +61,8 @@ def decode(
         spec = spec._replace(causal=False, left=False, right=False)
     o = dense_like(q, cache.v.shape[3]).fill_(float("nan"))
     lse = torch.full(q.shape[:3], float("nan"), dtype=accumulator_dtype(q), device=q.device)
+    group = q.shape[1] // max(1, cache.k.shape[1])
+    buffers = Buffer(lse), Buffer(lse)
     for at in sequences(cache, new):
         start = at.total - q.shape[2]  # position of query 0
         first = at.pad  # the first key that some query sees
@@ -68,15 +74,12 @@ def decode(
         own = q[at.b : at.b + 1]
         if rotary is not None:
             own = turned(own, following(own, start - at.pad), rotary)
-        keys, values = (gathered(x, places) for x in (cache.k, cache.v))
-        # scaled, they may be nothing that q's dtype holds
-        dtype = q.dtype if cache.k_scale is None and cache.v_scale is None else lse.dtype
-        keys, values = scaled(keys, cache.k_scale, at.b, dtype), scaled(values, cache.v_scale, at.b, dtype)
-        there = positions._replace(q_offset=start - first)
-        slopes = cut(mods.alibi_slopes, at.b)
-        own_mods = mods._replace(alibi_slopes=slopes)
-        o_own, lse_own = fallback.forward(own.to(dtype), keys, values, own_mods, spec, scale, there)
-        o[at.b : at.b + 1], lse[at.b : at.b + 1] = o_own, lse_own
+        there, own = positions._replace(q_offset=start - first), own.to(lse.dtype)
+        for heads_k, keys, values in parts_of(cache, at.b, places, buffers):
+            heads = slice(heads_k.start * group, heads_k.stop * group)
+            call = Call(own[:, heads], keys, values, mods_of(mods, at.b, heads), spec, scale, there)
+            o_part, lse_part = o[at.b : at.b + 1, heads], lse[at.b : at.b + 1, heads]
+            fallback.forward_dense(call, o_part.zero_(), lse_part.fill_(float("-inf")))
     return o, lse
 
 
@@ -123,47 +126,63 @@ def pages_of(cache: Cache, slot: int, start: int, stop: int) -> tuple[Tensor, Te
     return cache.table[slot].long()[p // size], p % size
 
 
-def places_of(cache: Cache, slot: int, start: int, stop: int) -> tuple[Tensor, Tensor] | tuple[int, slice] | None:
-    """What indexes the first and third axis of the caches for positions start ... stop; None where a page is none."""
+def places_of(cache: Cache, slot: int, start: int, stop: int) -> Places | None:
+    """Where positions start ... stop lie; None where a page is none."""
     if cache.table is None:
-        return slot, slice(start, stop)
-    pages, rows = pages_of(cache, slot, start, stop)
-    return (pages, rows) if bool(((pages >= 0) & (pages < cache.k.shape[0])).all()) else None
+        return Places([slot], slice(start, stop))
+    size = cache.k.shape[2]
+    first, end = start // size, -(-stop // size)
+    index = cache.table[slot, first : end if stop > start else first].long()
+    pages = index.tolist()
+    if any(not 0 <= page < cache.k.shape[0] for page in pages):
+        return None
+    return Places(pages, slice(start - first * size, stop - first * size), index)
 
 
-def gathered(x: Tensor, places: tuple[Tensor, Tensor] | tuple[int, slice]) -> Tensor:
-    """Keys or values of one sequence, [1, heads_k, keys, d]: of a slot a view, of pages a copy."""
-    first, third = places
-    if isinstance(first, int):
-        return x[first : first + 1, :, third]
-    return bits(x)[first, :, third].view(x.dtype).transpose(0, 1).unsqueeze(0)
+def parts_of(
+    cache: Cache, b: int, places: Places, buffers: tuple[Buffer, Buffer]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some key heads of sequence b at a time, with their keys and values [1, heads_k, keys, d].
 
-
-def scaled(x: Tensor, factor: Tensor | None, b: int, dtype: torch.dtype) -> Tensor:
-    """x [1, heads_k, keys, d] in a wider dtype, times sequence b's factors."""
-    x = x.to(dtype)
-    return x if factor is None else x * of_sequence(factor, b, dtype)
+    All heads at once, and views, where one place has the numbers as they are; else what fits into a buffer.
+    """
+    heads_k, dtype = cache.k.shape[1], buffers[0].held.dtype
+    scales = cache.k_scale, cache.v_scale
+    copied = len(places.pages) != 1 or cache.k.dtype != dtype or any(x is not None for x in scales)
+    step = max(1, heads_k)
+    if copied:
+        size = (places.rows.stop - places.rows.start) * max(cache.k.shape[3], cache.v.shape[3]) * dtype.itemsize
+        step = max(COPIED // max(1, size), torch.get_num_threads())  # a head's products are done by one thread
+    for start in range(0, heads_k, step):
+        some = slice(start, min(start + step, heads_k))
+        if not copied:
+            keys, values = (x[places.pages[0], some, places.rows].unsqueeze(0) for x in (cache.k, cache.v))
+        else:
+            factors = (None if x is None else cut(x, b)[0] for x in scales)
+            keys, values = (
+                copy(x, some, places, factor, buffer)
+                for x, factor, buffer in zip(cache[:2], factors, buffers, strict=True)
+            )
+        yield some, keys, values
 
 
 def stored(x: Tensor, factor: Tensor | None, b: int, dtype: torch.dtype) -> Tensor:
     """x [1, heads_k, new, d] as a cache of a dtype holds it: divided by its factor, float8 no larger than it can be."""
     wide = accumulator_dtype(x)
     if factor is not None:
-        x = x.to(wide) / of_sequence(factor, b, wide)
+        x = x.to(wide) / cut(factor, b).to(wide)[..., None, None]
     if dtype.itemsize == 1:
         largest = torch.finfo(dtype).max
         x = x.to(wide).clamp(-largest, largest)
     return x.to(dtype)
 
 
-def of_sequence(factor: Tensor, b: int, dtype: torch.dtype) -> Tensor:
-    """Sequence b's factors, [1, heads_k, 1, 1]."""
-    return cut(factor, b).to(dtype)[:, :, None, None]  # type: ignore[no-any-return]
-
-
-def bits(x: Tensor) -> Tensor:
-    """x, float8 as bytes: torch indexes those on every device."""
-    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+def mods_of(mods: Mods, b: int, heads: slice) -> Mods:
+    """Sequence b's operands, those of some heads."""
+    slopes, sinks = cut(mods.alibi_slopes, b), mods.sinks
+    return mods._replace(
+        alibi_slopes=None if slopes is None else slopes[:, heads], sinks=None if sinks is None else sinks[heads]
+    )
 
 
 def following(x: Tensor, start: int) -> Tensor:

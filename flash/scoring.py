@@ -141,10 +141,12 @@ def hiding(keep: Tensor, dtype: torch.dtype) -> Tensor:
 def band(call: Call, tile: Tile) -> list[Tensor]:
     """What causal and window leave visible, [rows, cols]; nothing where that is the whole tile."""
     spec, positions, device = call.spec, call.positions, call.q.device
+    parts: list[Tensor] = []
+    if not (spec.causal or spec.left or spec.right):
+        return parts
     cols = tile.keys(device)
     first, last = int(cols[0]), int(cols[-1])
     begin, end = tile.first, tile.first + tile.shape[1] - 1  # positions of the first and the last row
-    parts = []
     if spec.causal or spec.right:
         right = 0 if spec.causal else positions.right
         if last > begin + right:

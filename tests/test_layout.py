@@ -96,7 +96,8 @@ ARROWS = {
     ),
     "flash.step": ("flash.kernels.spec", "flash.checks", "flash.problem"),
     "flash.rotary": ("flash.kernels.spec",),
-    "flash.gathered": ("flash.kernels.spec", "flash.tiling", "flash.fallback", "flash.rotary"),
+    "flash.copied": (),
+    "flash.gathered": ("flash.kernels.spec", "flash.tiling", "flash.fallback", "flash.rotary", "flash.copied"),
     "flash.dispatch_step": (
         "flash.kernels.*",
         "flash.autotune.tables",
