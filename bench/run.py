@@ -44,7 +44,7 @@ from bench.check import Expected, expect
 from bench.measure import Effort, OutOfMemory
 from bench.peers import FEATURE_PEERS, OURS, OURS_ALL, PEERS, RACE_ONLY, SDPA, STANDARD, Peer
 from bench.record import Record, Row, Writing
-from bench.trial import CPU_EFFORT, LATE, MEMORY_PASSES, Settings, measure, too_long
+from bench.trial import CPU_EFFORT, LATE, MEMORY_PASSES, Settings, measure, measure_in_turn, too_long
 
 RESULTS = Path(__file__).parent / "results"
 MATRICES = {"forward": 2, "both": 3}  # of scores, that standard attention holds at once
@@ -123,9 +123,14 @@ def time_all(
         if time.monotonic() <= settings.deadline:
             expected = expect(case, *tensors, backward="both" in passes_of(case, settings.device), few=settings.few)
             record.checked[case.name] = expected.extent
-        for peer in missing:
-            record.add(measured(case, peer, tensors, expected, settings))
-            step(f"{case.name}, {peer.name}")
+        if settings.in_turn:
+            record.add(measure_in_turn(case, missing, tensors, expected, settings))
+            for peer in missing:
+                step(f"{case.name}, {peer.name}")
+        else:
+            for peer in missing:
+                record.add(measured(case, peer, tensors, expected, settings))
+                step(f"{case.name}, {peer.name}")
         finished(case)
 
 
@@ -196,8 +201,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
     effort = QUICK_EFFORT if args.quick else LONG_EFFORT if cpu and args.suite == "long" else effort
     now = time.monotonic()
     memory = not args.no_memory and not ends
+    in_turn = cpu and args.suite in FEATURE_SUITES
     return Settings(
-        device, args.seed, args.threads, effort, memory, patience, now + limit, now + MEMORY_SHARE * limit, speed
+        device,
+        args.seed,
+        args.threads,
+        effort,
+        memory,
+        patience,
+        now + limit,
+        now + MEMORY_SHARE * limit,
+        speed,
+        in_turn,
     )
 
 
@@ -226,6 +241,8 @@ def described(args: argparse.Namespace, settings: Settings) -> dict[str, object]
 def timer(args: argparse.Namespace, settings: Settings) -> str:
     """What measures latencies, in words."""
     gpu = settings.device.type == "cuda"
+    if settings.in_turn:
+        return "timeit, a sample of each peer in turn"
     told = "timeit, and torch.utils.benchmark.Timer for calls shorter than effort.seconds"
     if args.suite != DECODE:
         return "triton.testing.do_bench" if gpu else told

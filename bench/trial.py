@@ -1,8 +1,14 @@
-"""One peer on one case: held to the oracle, then timed, and its memory read; whatever becomes of it is a row."""
+"""One peer on one case: held to the oracle, then timed, and its memory read; whatever becomes of it is a row.
+
+Peers that are timed in turn take a sample each before anyone takes the next: on a machine that others use too, speeds
+change within minutes, and what is compared must have met the same ones.
+"""
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from timeit import timeit
 
 import torch
 
@@ -10,7 +16,7 @@ from bench import cases as shapes
 from bench import measure as meter
 from bench.cases import Case, passes_of
 from bench.check import DROPOUT_SEED, Expected, compare, names, poison
-from bench.measure import Effort, out_of_memory
+from bench.measure import Effort, Latency, out_of_memory
 from bench.peers import OURS, STANDARD, Peer, refusal
 from bench.record import Row
 
@@ -34,6 +40,7 @@ class Settings:
         deadline: of time.monotonic(); what is not begun by then is skipped, and says so.
         memory_deadline: likewise, for peak memory on a CPU.
         few: whether two key heads, and some queries of every head, are held to the oracle, however short the case.
+        in_turn: whether the peers of a case are timed in turn.
     """
 
     device: torch.device
@@ -45,6 +52,7 @@ class Settings:
     deadline: float = float("inf")
     memory_deadline: float = float("inf")
     few: bool = False
+    in_turn: bool = False
 
 
 def failure(row: Row, error: BaseException) -> Row:
@@ -89,31 +97,73 @@ def measure(
     only: Sequence[str] = shapes.PASSES,
 ) -> list[Row]:  # fmt: skip
     """Checks a peer on a case, then times what was right: one row a pass, `only` these."""
+    before = allocated(settings.device)
+    with ExitStack() as stack:
+        rows, calls = checked(case, peer, tensors, expected, settings, stack, only)
+        masks = allocated(settings.device) - before
+        return [timed(case, row, calls[row.what], settings, masks) if row.what in calls else row for row in rows]
+
+
+def measure_in_turn(
+    case: Case, peers: Sequence[Peer], tensors: tuple[torch.Tensor, ...], expected: Expected, settings: Settings
+) -> list[Row]:
+    """`measure` of several peers on a CPU, in turn."""
+    with ExitStack() as stack:
+        found = [checked(case, peer, tensors, expected, settings, stack) for peer in peers]
+        rows = {(row.peer, row.what): row for own, _ in found for row in own}
+        calls = {(row.peer, row.what): calls[row.what] for own, calls in found for row in own if row.what in calls}
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in calls if rows[key].outcome == "ok"}
+        for _ in range(settings.effort.samples):
+            for key, taken in times.items():
+                if rows[key].outcome == "ok" and time.monotonic() <= settings.deadline:
+                    try:
+                        taken.append(1e3 * timeit(calls[key], number=1))
+                    except Exception as error:
+                        rows[key] = failure(rows[key], error)
+    for key, taken in times.items():
+        if rows[key].outcome == "ok":
+            rows[key] = with_latency(case, rows[key], meter.quantiles(taken)) if taken else late(rows[key])
+    return list(rows.values())
+
+
+def checked(
+    case: Case, peer: Peer, tensors: tuple[torch.Tensor, ...], expected: Expected, settings: Settings,
+    stack: ExitStack, only: Sequence[str] = shapes.PASSES,
+) -> tuple[list[Row], dict[str, Callable[[], tuple[torch.Tensor, ...]]]]:  # fmt: skip
+    """Rows of a peer that was held to the oracle, and its calls, which the stack keeps prepared; none where it is not
+    to be timed."""
     blank = {what: Row(case.name, peer.name, what) for what in passes_of(case, settings.device) if what in only}
     if reason := peer.absent(case, settings.device):
-        return [replace(row, outcome="absent", reason=reason) for row in blank.values()]
+        return [replace(row, outcome="absent", reason=reason) for row in blank.values()], {}
     if time.monotonic() > settings.deadline:
-        return [replace(row, outcome="skipped", reason=LATE) for row in blank.values()]
+        return [late(row) for row in blank.values()], {}
     if settings.device.type == "cpu" and case.series == "long" and (reason := too_long(case, peer.name)):
-        return [replace(row, outcome="skipped", reason=reason) for row in blank.values()]
-    before = allocated(settings.device)
+        return [replace(row, outcome="skipped", reason=reason) for row in blank.values()], {}
     try:
-        with peer.prepare(case, settings.device) as attention:
-            calls = meter.passes(attention, *tensors)
-            start = time.monotonic()
-            poison(tensors)
-            checked = {what: gate(case, blank[what], calls[what], expected) for what in MEMORY_PASSES if what in blank}
-            took = time.monotonic() - start
-            if "backward" in blank:
-                checked["backward"] = replace(checked["both"], what="backward")
-            rows = [checked[what] for what in blank]
-            if took > settings.patience and peer.name not in (STANDARD, OURS):
-                reason = f"one forward and one backward took {took:.1f} s, more than {settings.patience:g} s"
-                return [replace(row, outcome="skipped", reason=reason) if row.outcome == "ok" else row for row in rows]
-            masks = allocated(settings.device) - before
-            return [timed(case, row, calls[row.what], settings, masks) for row in rows]
+        calls = meter.passes(stack.enter_context(peer.prepare(case, settings.device)), *tensors)
+        start = time.monotonic()
+        poison(tensors)
+        found = {what: gate(case, blank[what], calls[what], expected) for what in MEMORY_PASSES if what in blank}
+        took = time.monotonic() - start
     except Exception as error:  # prepare itself may fail: to import, to compile, to allocate
-        return [failure(row, error) for row in blank.values()]
+        return [failure(row, error) for row in blank.values()], {}
+    if "backward" in blank:
+        found["backward"] = replace(found["both"], what="backward")
+    rows = [found[what] for what in blank]
+    if took > settings.patience and peer.name not in (STANDARD, OURS):
+        reason = f"one forward and one backward took {took:.1f} s, more than {settings.patience:g} s"
+        return [replace(row, outcome="skipped", reason=reason) if row.outcome == "ok" else row for row in rows], {}
+    return rows, calls
+
+
+def late(row: Row) -> Row:
+    """The row of what the time limit did not let begin."""
+    return replace(row, outcome="skipped", reason=LATE)
+
+
+def with_latency(case: Case, row: Row, latency: Latency) -> Row:
+    """The row with its latency, and what that makes of arithmetic."""
+    return replace(row, latency=latency, tflops=shapes.flops(case, row.what) / latency.median / 1e9)
 
 
 def allocated(device: torch.device) -> int:
@@ -141,9 +191,8 @@ def timed(
     if row.outcome != "ok":
         return row
     if time.monotonic() > settings.deadline:
-        return replace(row, outcome="skipped", reason=LATE)
+        return late(row)
     try:
-        found = meter.latency(call, settings.device, settings.effort)
+        return with_latency(case, row, meter.latency(call, settings.device, settings.effort))
     except Exception as error:
         return failure(row, error)
-    return replace(row, latency=found, tflops=shapes.flops(case, row.what) / found.median / 1e9)
